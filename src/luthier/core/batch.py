@@ -1,0 +1,111 @@
+"""A Batch: forests of tokens in rows, what is supervised in them, and the one place where a mean is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, in whatever layout; objectives cannot tell which.
+
+    Letters: R rows, T tokens per row, E supervised edges, U distinct supervised tokens, N answers, G groups.
+    Indices into tokens are flat: row * T + column.
+    """
+
+    ids: Tensor
+    """int64 [R, T] token ids; padding repeats an ordinary id and is invisible to every other token."""
+    position: Tensor
+    """int64 [R, T] depth of each token in its tree: its position in the unshared sequence."""
+    end: Tensor
+    """int64 [R, T] one past the token's last descendant, within the row. q sees k <=> k <= q < end[k]."""
+    target: Tensor
+    """int64 [U] flat index of each supervised token, each once."""
+    source: Tensor
+    """int64 [U] flat index of that token's parent: where its logits are read."""
+    edge: Tensor
+    """int64 [E] which of the U a supervised edge is about; a shared token may serve several answers."""
+    answer: Tensor
+    """int64 [E] which answer the edge belongs to."""
+    weight: Tensor
+    """float64 [E] loss weight of the edge, > 0."""
+    last: Tensor
+    """int64 [N] flat index of each answer's last token."""
+    group: Tensor
+    """int64 [N] which group (example) each answer belongs to."""
+    score: Tensor
+    """float64 [N] the answer's score, NaN where nobody scored it."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[E] values an objective declared, at the supervised tokens; NaN where there is nothing."""
+    segments: tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...] = ()
+    """(row, start, stop, ancestors) of each unbranched run; ancestors are the (start, stop) above it, root first."""
+    layout: str = "padded"
+    """padded | packed | shared: how the rows were made."""
+    names: tuple[str, ...] = ()
+    """[G] where each group came from, for messages: file and row."""
+    tokens: int = 0
+    """Tokens computed, without padding."""
+    unshared: int = 0
+    """Tokens a plain computation (one sequence per answer, no padding) would compute."""
+    totals: Mapping[str, float] | None = None
+    """Units of the whole optimiser step, over all micro-batches and ranks; set by the loop before the loss."""
+
+    @property
+    def answers(self) -> int:
+        """N, the answers in this micro-batch."""
+        return len(self.last)
+
+    def units(self) -> dict[str, float]:
+        """What a mean may be taken over, and how many of each this micro-batch holds."""
+        counts = {
+            "token": float(self.weight.sum()),
+            "answer": float(len(self.last)),
+            "group": float(len(self.names)),
+        }
+        return counts | {name: float((~values.isnan()).sum()) for name, values in self.columns.items()}
+
+    def mean(self, values: Tensor, *, over: str) -> Tensor:
+        """This micro-batch's share of the mean over the whole optimiser step.
+
+        values: [E] for `token` (weighted by the edges' weights) and for a column (taken where it is not NaN),
+        [N] for `answer`, [G] for `group`. Summed over micro-batches and ranks, the shares are the exact mean.
+        """
+        totals = self.totals if self.totals is not None else self.units()
+        if over not in totals:
+            raise ValueError(f"no unit named {over!r}; there are: {', '.join(sorted(totals))}")
+        if over == "token":
+            values = values * self.weight.to(values.dtype)
+        elif over in self.columns:
+            values = torch.where(self.columns[over].isnan(), torch.zeros_like(values), values)
+        return values.sum() / max(totals[over], torch.finfo(torch.float64).tiny)
+
+    def per_answer(self, values: Tensor) -> Tensor:
+        """Sum edge values [E] into answers [N], weighted by nothing: log-probs of answers from those of tokens."""
+        return values.new_zeros(self.answers).index_add(0, self.answer, values)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self.columns.items()}
+        return replace(self, **moved, columns=columns)
+
+    def with_totals(self, totals: Mapping[str, float]) -> Batch:
+        """The same batch, told how many units the whole optimiser step holds."""
+        return replace(self, totals=dict(totals))
+
+
+def total_units(batches: Iterable[Batch]) -> dict[str, float]:
+    """Units of several micro-batches together."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, count in batch.units().items():
+            totals[name] = totals.get(name, 0.0) + count
+    return totals

@@ -1,0 +1,40 @@
+"""What can go wrong, as a tree.
+
+    LuthierError                the message is meant for the user; the CLI prints it and exits with 2
+    +-- ConfigError             a key, a value or a combination in the configuration   (also ValueError)
+    +-- DataError               a data set, a file or a row                            (also ValueError)
+    +-- TemplateError           a chat template cannot render what it was given        (also ValueError)
+    +-- ModelError              a folder that is no model, weights that do not fit     (also ValueError)
+    +-- CheckpointError         a checkpoint that cannot be written or read            (also RuntimeError)
+    +-- TrainingError           a run that cannot go on, such as a non-finite loss     (also RuntimeError)
+
+A message says what is wrong (with the value), where (file, line, row), what was expected, and how to mend it.
+"""
+
+
+class LuthierError(Exception):
+    """Base of every error whose message is written for the user."""
+
+
+class ConfigError(LuthierError, ValueError):
+    """The configuration cannot be run as it stands."""
+
+
+class DataError(LuthierError, ValueError):
+    """A data set, a file or a row cannot be used."""
+
+
+class TemplateError(LuthierError, ValueError):
+    """A chat template cannot render the messages it was given."""
+
+
+class ModelError(LuthierError, ValueError):
+    """A model cannot be loaded or used as asked."""
+
+
+class CheckpointError(LuthierError, RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+class TrainingError(LuthierError, RuntimeError):
+    """A run cannot go on; the last complete checkpoint is intact."""

@@ -1,0 +1,23 @@
+"""What Luthier says on the terminal: to stderr, from rank 0 only, through the standard `logging` module."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def get_logger(name: str = "luthier") -> logging.Logger:
+    """A logger below `luthier`; the command line gives that root its handler."""
+    return logging.getLogger(name if name.startswith("luthier") else f"luthier.{name}")
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send Luthier's messages to stderr. Ranks above 0 only speak up from warnings on."""
+    root = logging.getLogger("luthier")
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root.addHandler(handler)
+        root.propagate = False
+    root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)

@@ -1,0 +1,104 @@
+"""The contract of a training objective. A stage is one file in `objectives/` with one final subclass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from luthier.core.types import Column, Encoded, Example, Message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.core.batch import Batch
+
+Logs = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class NoKeys:
+    """The configuration of a stage that has no keys of its own."""
+
+
+class Renderer(Protocol):
+    """A chat template bound to a tokenizer: messages to ids. Made once per run; immutable."""
+
+    tokenizer: Any
+    efficient_eos: bool
+    """The assistant's turns carry no end token; the stage appends one at the very end (see `objectives/sft.py`)."""
+
+    def pairs(
+        self, messages: Sequence[Message], *, system: str = "", tools: str = "", mask_history: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """A whole conversation as (prompt ids, response ids) per exchange; concatenated they are the sequence.
+
+        `mask_history` says that only the last response is trained, which some reasoning templates render
+        differently. Raises TemplateError for orders of roles the template cannot render.
+        """
+
+    def oneturn(
+        self, messages: Sequence[Message], *, system: str = "", tools: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """(everything before the last message, the last message), as ids."""
+
+    def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
+        """What the model is given when it is to speak next: the ids training saw before a response."""
+
+    def document(self, text: str) -> list[int]:
+        """A pre-training document: its ids, with bos where the tokenizer adds one, and eos."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+
+
+class Policy(Protocol):
+    """The model as objectives see it: answers about a Batch, whatever its layout."""
+
+    def logps(self, batch: Batch) -> Tensor:
+        """log p(token | its path), float [E], one per supervised edge."""
+
+    def nll(self, batch: Batch) -> Tensor:
+        """What cross-entropy training minimises, float [E]: -logps, smoothed if `label_smoothing_factor` is set."""
+
+    def hits(self, batch: Batch) -> Tensor:
+        """Whether the most probable token is the supervised one, float 0/1 [E], without gradient."""
+
+
+class Objective(ABC):
+    """What a stage thinks of the answers. Subclasses are final: they override these members and nothing more."""
+
+    Config: ClassVar[type] = NoKeys
+    """Dataclass of the YAML keys this stage owns."""
+    answers: ClassVar[tuple[int, int | None]] = (1, 1)
+    """Fewest and most answers an example may bring."""
+    head: ClassVar[str | None] = None
+    """Name in `heads/` of what stands in lm_head's place, if anything."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Companions to load beside the policy: "reference", "reward"."""
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """Per-token values beyond labels."""
+    packs: ClassVar[bool] = False
+    """Whether `packing` is on when the user does not say."""
+
+    def __init__(self, config: Any = None):
+        self.config = self.Config() if config is None else config
+
+    @classmethod
+    def claims(cls, keys: Mapping[str, Any], stage: str) -> bool:
+        """Whether these keys mean this objective although `stage` names another."""
+        return False
+
+    def start(self, renderer: Renderer) -> None:
+        """Check, before any row is encoded, that the keys and the template go together; raises ConfigError."""
+        return None
+
+    @abstractmethod
+    def encode(self, example: Example, renderer: Renderer, *, cutoff_len: int) -> Sequence[Encoded]:
+        """Ids and weights of one example; several Encoded if it must be cut, none if nothing is left to train."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Logs]:
+        """The loss and what to log, both through `batch.mean`. Never divides."""
