@@ -41,8 +41,9 @@ class Batch:
     """float64 [N] the answer's score, NaN where nobody scored it."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """[E] values an objective declared, at the supervised tokens; NaN where there is nothing."""
-    segments: tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...] = ()
-    """(row, start, stop, ancestors) of each unbranched run; ancestors are the (start, stop) above it, root first."""
+    segments: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    """(start, stop, ancestors) of each unbranched run of a single-row layout; ancestors are the indices of the runs
+    above it, root first. Empty for padded rows."""
     layout: str = "padded"
     """padded | packed | shared: how the rows were made."""
     names: tuple[str, ...] = ()

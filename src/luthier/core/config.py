@@ -1,0 +1,243 @@
+"""The gate: every key of a configuration goes to the one dataclass that owns it, checked once, problems all together.
+
+A part of Luthier declares its keys as fields of a frozen dataclass in the file that uses them, with a docstring
+under each field. From that one place come the command line's help, the JSON schema and `docs/keys.md`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from luthier.core.compat import Refused, Renamed
+from luthier.core.errors import ConfigError
+from luthier.core.kinds import coerce, describe
+from luthier.core.source import Given, Source, dump, read
+
+__all__ = ["Given", "Key", "Owner", "Problem", "Settled", "Source", "dump", "field_docs", "keys_of", "read", "settle"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key that a user may write."""
+
+    name: str
+    hint: Any
+    """Its Python type; what the gate coerces to."""
+    default: Any
+    doc: str
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A section of the run: the keys it owns and what is built from them."""
+
+    name: str
+    """The attribute of `Run` that it becomes."""
+    keys: Mapping[str, Key]
+    build: Callable[..., Any]
+    """Called with the keys the user gave, coerced; may raise ConfigError."""
+    title: str = ""
+    """How help and schema call it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something the user must mend."""
+
+    key: str
+    place: str
+    text: str
+    near: str | None = None
+    """The key that was probably meant."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.key}: {self.text}" if self.place else f"{self.key}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What came through the gate."""
+
+    sections: dict[str, Any]
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def suspects(self) -> set[str]:
+        """Keys whose values are not to be trusted because the user has to mend them or their neighbours."""
+        return {name for problem in self.problems for name in (problem.key, problem.near) if name}
+
+
+@cache
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring literal under each field of a dataclass, base classes included."""
+    docs: dict[str, str] = {}
+    for owner in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        body = tree.body[0].body  # type: ignore[attr-defined]
+        for statement, after in zip(body, body[1:]):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    docs[statement.target.id] = inspect.cleandoc(str(after.value.value))
+    return docs
+
+
+@cache
+def keys_of(config: type) -> dict[str, Key]:
+    """The keys a dataclass owns."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    docs = field_docs(config)
+    return {
+        item.name: Key(item.name, hints[item.name], default_of(item), docs.get(item.name, ""))
+        for item in dataclasses.fields(config)
+        if item.init
+    }
+
+
+def default_of(item: dataclasses.Field) -> Any:
+    """A field's default value, None where there is none to give."""
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return None if item.default is dataclasses.MISSING else item.default
+
+
+def owner(name: str, config: type, title: str = "") -> Owner:
+    """A dataclass as the owner of its fields."""
+    return Owner(name, keys_of(config), config, title or name)
+
+
+def settle(
+    given: Given,
+    owners: Sequence[Owner],
+    *,
+    elsewhere: Callable[[], Mapping[str, str]] = dict,
+    refused: Mapping[str, Refused] | None = None,
+    renamed: Mapping[str, Renamed] | None = None,
+) -> Settled:
+    """Hand each given key to its owner.
+
+    elsewhere: asked only when needed, keys that belong to another stage or finetuning_type, with words for it.
+    refused: keys that are known and accept only some values yet. renamed: old names of owned keys.
+    """
+    gate = _Gate(given, owners, refused or {}, renamed or {})
+    unknown = [key for key in gate.values if not gate.admit(key)]
+    if unknown:
+        foreign = elsewhere()
+        for key in unknown:
+            gate.turn_away(key, foreign)
+    return Settled(gate.build(), gate.problems, gate.warnings)
+
+
+def refuse(source: Source, problems: Iterable[Problem]) -> None:
+    """Raise one ConfigError with every problem, if there is any."""
+    lines = sorted({str(problem): problem for problem in problems}.values(), key=_in_file_order)
+    if lines:
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{source.name} has {count}:", *(f"  {line}" for line in lines)]))
+
+
+def _in_file_order(problem: Problem) -> tuple[int, int]:
+    line = problem.place.rpartition(":")[2]
+    return (0, int(line)) if line.isdigit() else (1, 0)
+
+
+class _Gate:
+    def __init__(
+        self,
+        given: Given,
+        owners: Sequence[Owner],
+        refused: Mapping[str, Refused],
+        renamed: Mapping[str, Renamed],
+    ):
+        self.given = given
+        self.owners = owners
+        self.refused = refused
+        self.renamed = renamed
+        self.values = dict(given.values)
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.accepted: dict[str, dict[str, Any]] = {owner.name: {} for owner in owners}
+
+    def admit(self, key: str) -> bool:
+        """Give a key to its owner, or to the table of known keys; False if neither knows it."""
+        value = self.values[key]
+        if key in self.refused:
+            rule = self.refused[key]
+            if not rule.takes(value):
+                self.complain(key, f"{rule.why} (got {value!r})")
+            elif not any(key in owner.keys for owner in self.owners):
+                return True
+        if key in self.renamed and not any(key in owner.keys for owner in self.owners):
+            return self.rename(key, value)
+        owners = [owner for owner in self.owners if key in owner.keys]
+        for owner in owners:
+            self.hand(owner, owner.keys[key], value, key)
+        return bool(owners) or key in self.refused
+
+    def rename(self, key: str, value: Any) -> bool:
+        rule = self.renamed[key]
+        if rule.new in self.given.values:
+            if rule.yields:
+                self.warnings.append(f"{self.at(key)}{key} has no effect: {rule.new} is set too, and it wins.")
+            else:
+                self.complain(key, f"is the old name of {rule.new}, and both are set. Keep {rule.new}")
+            return True
+        try:
+            value = rule.convert(value)
+        except ValueError as error:
+            self.complain(key, str(error))
+            return True
+        owners = [owner for owner in self.owners if rule.new in owner.keys]
+        for owner in owners:
+            self.hand(owner, owner.keys[rule.new], value, key)
+        return bool(owners)
+
+    def hand(self, owner: Owner, key: Key, value: Any, written: str) -> None:
+        try:
+            self.accepted[owner.name][key.name] = coerce(key.hint, value, self.given.spelling.get(written))
+        except ValueError:
+            self.complain(written, f"expected {describe(key.hint)}, got {value!r}")
+
+    def turn_away(self, key: str, foreign: Mapping[str, str]) -> None:
+        """Say what a key is that no part of this run owns."""
+        if key in foreign:
+            self.warnings.append(f"{self.at(key)}{key} belongs to {foreign[key]}; it has no effect in this run.")
+            return
+        mine = [name for owner in self.owners for name in owner.keys]
+        near = get_close_matches(key, [*mine, *self.renamed, *foreign, *self.refused], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ". `luthier train --help` lists all keys"
+        self.problems.append(Problem(key, self.place(key), f"no such key{hint}", near[0] if near else None))
+
+    def build(self) -> dict[str, Any]:
+        sections = {}
+        for owner in self.owners:
+            try:
+                sections[owner.name] = owner.build(**self.accepted[owner.name])
+            except ConfigError as error:
+                self.problems.append(self.blame(owner, str(error)))
+        return sections
+
+    def blame(self, owner: Owner, text: str) -> Problem:
+        """A section's own complaint, put at the first key it names."""
+        words = text.replace(":", " ").replace("`", " ").replace(",", " ").split()
+        key = next((word for word in words if word in owner.keys), owner.name)
+        return Problem(key, self.place(key) if key in self.given.places else self.given.source.name, text.removeprefix(f"{key}: "))
+
+    def complain(self, key: str, text: str) -> None:
+        self.problems.append(Problem(key, self.place(key), text + "."))
+
+    def place(self, key: str) -> str:
+        return self.given.places.get(key, self.given.source.name)
+
+    def at(self, key: str) -> str:
+        return f"{self.place(key)}: "

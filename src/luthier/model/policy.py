@@ -1,0 +1,187 @@
+"""The model as objectives see it: log-probs of supervised tokens, whatever the layout of the batch.
+
+Only the hidden states at the parents of supervised tokens reach the output head, in chunks, with the softmax in
+float32: peak memory does not grow with vocabulary x length. A tap in front of the head (a forward pre-hook on the
+module that `get_output_embeddings` names) takes the hidden states out of an ordinary forward call, so that DDP, FSDP,
+DeepSpeed, PEFT and gradient checkpointing see nothing unusual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.core.batch import Batch
+from luthier.core.errors import ModelError
+from luthier.model import attention
+
+CHUNK_ELEMENTS = 2**25
+"""Logits held at once (tokens x vocabulary). Beyond one chunk, chunks are recomputed in the backward pass."""
+
+
+class HiddenTap:
+    """Takes the hidden states in front of the output head out of a forward call.
+
+    While `open`, the head is given a single position, so that the model's own logits cost nothing.
+    """
+
+    def __init__(self, head: nn.Module):
+        self.open = False
+        self.hidden: Tensor | None = None
+        self.handle = head.register_forward_pre_hook(self._tap)
+
+    def _tap(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.open:
+            return None
+        self.hidden = args[0]
+        return (args[0][:, :1], *args[1:])
+
+    @contextlib.contextmanager
+    def opened(self):
+        """Within this context forward calls leave their hidden states in `hidden`."""
+        self.open = True
+        try:
+            yield self
+        finally:
+            self.open, self.hidden = False, None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the head says about the U distinct supervised tokens of a batch, each float [U]."""
+
+    logp: Tensor
+    mean_logp: Tensor | None
+    """Mean log-prob over the vocabulary; only computed for label smoothing."""
+    hit: Tensor
+    """1 where the most probable token is the supervised one; no gradient."""
+
+
+@dataclass
+class PolicySetup:
+    """What stays the same from batch to batch. One per model; `bind` gives the objective its Policy.
+
+    model: the bare model (PreTrainedModel or PeftModel). label_smoothing: epsilon of `nll`, spread over the
+    vocabulary as transformers' LabelSmoother does. backend: forces an attention backend (see `attention.py`).
+    """
+
+    model: nn.Module
+    label_smoothing: float = 0.0
+    backend: str | None = None
+    autocast: Callable[[], Any] = contextlib.nullcontext
+    tap: HiddenTap = field(init=False)
+    implementation: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(self.model).__name__} has no output head; Luthier trains causal language models.")
+        self.tap = HiddenTap(head)
+        self.implementation = attention.install(self.model)
+
+    def bind(self, wrapped: nn.Module | None = None) -> ModelPolicy:
+        """A Policy for one batch. `wrapped` is the model as the engine wrapped it (DDP, FSDP), if it did."""
+        return ModelPolicy(self, self.model if wrapped is None else wrapped)
+
+    def close(self) -> None:
+        """Take the hook off the model again."""
+        self.tap.handle.remove()
+
+
+class ModelPolicy:
+    """Answers an objective's questions about one batch, with one forward pass however many it asks."""
+
+    def __init__(self, setup: PolicySetup, model: nn.Module):
+        self._setup = setup
+        self._model = model
+        self._asked: tuple[Batch, Scores] | None = None
+
+    def logps(self, batch: Batch) -> Tensor:
+        """log p(token | its path), float [E]."""
+        return self._scores(batch).logp[batch.edge]
+
+    def nll(self, batch: Batch) -> Tensor:
+        """-log p, or with label smoothing (1 - eps) * -log p + eps * mean over the vocabulary of -log p; float [E]."""
+        scores, epsilon = self._scores(batch), self._setup.label_smoothing
+        if scores.mean_logp is None:
+            return -scores.logp[batch.edge]
+        return -((1 - epsilon) * scores.logp + epsilon * scores.mean_logp)[batch.edge]
+
+    def hits(self, batch: Batch) -> Tensor:
+        """1 where the most probable token is the supervised one, else 0; float [E]."""
+        return self._scores(batch).hit[batch.edge]
+
+    def _scores(self, batch: Batch) -> Scores:
+        if self._asked is None or self._asked[0] is not batch:
+            self._asked = (batch, self._score(self._hidden(batch), batch))
+        return self._asked[1]
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Hidden states at the parents of supervised tokens, [U, H]."""
+        setup = self._setup
+        plan = attention.choose(batch, backend=setup.backend)
+        dtype = self._setup.model.get_input_embeddings().weight.dtype
+        masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
+        with setup.tap.opened() as tap:
+            self._model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, **masks)
+            hidden = tap.hidden
+        assert hidden is not None, "the output head was not called"
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        picked = flat[batch.source]
+        # A batch without supervised tokens still belongs to the step: every parameter gets a (zero) gradient.
+        return picked if len(picked) else flat[:0] + flat.sum() * 0
+
+    def _score(self, hidden: Tensor, batch: Batch) -> Scores:
+        labels = batch.ids.reshape(-1)[batch.target]
+        head = self._setup.model.get_output_embeddings()
+        rows = max(1, CHUNK_ELEMENTS // _vocabulary(self._setup.model))
+        one_chunk = len(hidden) <= rows
+        smooth = self._setup.label_smoothing > 0
+        pieces = []
+        for start in range(0, max(len(hidden), 1), rows):
+            part = hidden[start : start + rows], labels[start : start + rows]
+            if one_chunk or not torch.is_grad_enabled():
+                pieces.append(self._score_chunk(head, smooth, *part))
+            else:
+                pieces.append(checkpoint(self._score_chunk, head, smooth, *part, use_reentrant=False))
+        logp, mean_logp, hit = (torch.cat(column) for column in zip(*pieces))
+        if not len(hidden):
+            logp = logp + hidden.sum()
+        return Scores(logp, mean_logp if smooth else None, hit)
+
+    def _score_chunk(self, head: nn.Module, smooth: bool, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        with self._setup.autocast():
+            logits = head(hidden)
+        logits = shape_logits(self._setup.model.config, logits if logits.dtype == torch.float64 else logits.float())
+        total = logits.logsumexp(-1)
+        logp = logits.gather(-1, labels[:, None])[:, 0] - total
+        mean = logits.mean(-1) - total if smooth else logp.detach()
+        with torch.no_grad():
+            hit = (logits.argmax(-1) == labels).to(logp.dtype) if len(labels) else logp.detach()
+        return logp, mean, hit
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def shape_logits(config: Any, logits: Tensor) -> Tensor:
+    """What some families do to logits after the head: soft-caps (Gemma 2), scales (Cohere, Granite).
+
+    The first-batch check compares with the model's own logits, so a family missing here cannot go unnoticed.
+    """
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,86 @@
+"""The first batch checks itself: the layout's log-probs against one plain forward pass per answer.
+
+Architectures that do not honour the mask (state-space layers, remote code) or that do something unknown to their logits
+show here, before the first step, and not as a model that learnt the wrong thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.core.batch import Batch
+from luthier.model.policy import PolicySetup
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""Largest |difference| in nats per token; rounding stays far below, a lost mask far above (0.3 and more)."""
+
+MOST_TOKENS = 4096
+"""Answers are compared until this many tokens have been recomputed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison found."""
+
+    difference: float
+    """Largest |log-prob difference| over the compared tokens."""
+    tolerance: float
+    compared: int
+    """Supervised tokens compared."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layout computes what the plain computation does."""
+        return self.difference <= self.tolerance
+
+
+@torch.no_grad()
+def verify(setup: PolicySetup, batch: Batch) -> Verdict:
+    """Compare a batch's log-probs with those of the same answers, one at a time, through the model's own forward."""
+    model = setup.model
+    training = model.training
+    model.eval()
+    try:
+        with setup.autocast():
+            shared = setup.bind().logps(batch)
+        worst, compared, tokens = 0.0, 0, 0
+        for answer in range(batch.answers):
+            path = path_of(batch, answer)
+            edges = (batch.answer == answer).nonzero()[:, 0]
+            if not len(edges):
+                continue
+            if tokens and tokens + len(path) > MOST_TOKENS:
+                break
+            tokens += len(path)
+            plain = _plain(setup, batch, path, edges)
+            difference = (plain - shared[edges].to(plain.dtype)).abs().max()
+            # NaN compares false with everything and must not pass for equal.
+            worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
+            compared += len(edges)
+    finally:
+        model.train(training)
+    dtype = next(model.parameters()).dtype
+    return Verdict(worst, TOLERANCE.get(dtype, TOLERANCE[torch.float32]), compared)
+
+
+def path_of(batch: Batch, answer: int) -> Tensor:
+    """Flat indices of an answer's tokens, root first, int64 [length]."""
+    width = batch.ids.shape[1]
+    last = int(batch.last[answer])
+    row, column = divmod(last, width)
+    index = torch.arange(width, device=batch.ids.device)
+    on_path = (index <= column) & (column < batch.end[row])
+    return index[on_path] + row * width
+
+
+def _plain(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor) -> Tensor:
+    ids = batch.ids.reshape(-1)[path]
+    with setup.autocast():
+        logits = setup.model(input_ids=ids[None], use_cache=False).logits[0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    nodes = batch.target[batch.edge[edges]]
+    depth = torch.searchsorted(path, nodes)
+    return logits[depth - 1].log_softmax(-1).gather(-1, ids[depth][:, None])[:, 0]
