@@ -1,0 +1,247 @@
+"""The one Trainer: transformers.Trainer, told how to ask an objective. It names no stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from luthier.core.batch import Batch
+from luthier.core.errors import TrainingError
+from luthier.core.objective import Objective
+from luthier.model.policy import PolicySetup
+from luthier.train import checkpoint
+from luthier.train.sampler import Bundles, EpochLoader, RankSampler
+
+Sidecar = Callable[[Path], None]
+"""Writes something into a folder that is being saved: the config file, a head."""
+
+
+class Trainer(transformers.Trainer):
+    """Trains whatever `objective` asks for.
+
+    setup: the policy of `model`. sidecars: called with every folder that is saved, checkpoint or final. shuffle: new
+    order each epoch. accuracy: evaluate token accuracy too. Datasets are `Bundles`; the collator gives
+    {"batch": Batch}.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        setup: PolicySetup,
+        objective: Objective,
+        sidecars: Sequence[Sidecar] = (),
+        shuffle: bool = True,
+        accuracy: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(model=setup.model, **kwargs)
+        self.setup, self.objective, self.sidecars = setup, objective, tuple(sidecars)
+        self.shuffle, self.accuracy = shuffle, accuracy
+        setup.autocast = self.accelerator.autocast
+        setup.label_smoothing = self.args.label_smoothing_factor
+        self._sums: dict[str, Tensor] = {}
+        self._eval_totals: dict[int, dict[str, float]] = {}
+        self._clock = (time.perf_counter(), 0, 0.0)
+        self.tokens_seen, self.trained_seen = 0, 0.0
+
+    # Data: every rank asks for its own micro-batches, so accelerate must not shard them again.
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """This rank's micro-batches."""
+        return self._loader(self.train_dataset, self._train_batch_size, shuffle=self.shuffle)
+
+    def get_eval_dataloader(self, eval_dataset: str | Bundles | None = None) -> EpochLoader:
+        """This rank's part of an evaluation set; no example is seen twice."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        return self._loader(dataset, self.args.eval_batch_size, shuffle=False)
+
+    def _loader(self, dataset: Bundles, batch_size: int, *, shuffle: bool) -> EpochLoader:
+        args = self.args
+        sampler = RankSampler(
+            len(dataset),
+            batch_size=batch_size,
+            rank=args.process_index,
+            world=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=shuffle,
+        )
+        workers = args.dataloader_num_workers
+        return EpochLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            # A generator of its own: the loader must not draw from the global one, or a resumed run would differ.
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+
+    # Loss: units of the whole optimiser step are counted over micro-batches and ranks before the first backward.
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, float]:
+        batches = [sample["batch"] for sample in batch_samples]
+        counts = _counts(batches)
+        totals = self._over_ranks(counts)
+        self.tokens_seen += int(totals.pop("computed"))
+        self.trained_seen += totals["token"]
+        self.state.num_input_tokens_seen = self.tokens_seen
+        return totals
+
+    def _over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        names = sorted(counts)
+        values = torch.tensor([counts[name] for name in names], dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(names, values.tolist()))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of the step's loss; times the number of ranks, whose gradients are averaged."""
+        batch = inputs["batch"].to(self.args.device).with_totals(num_items_in_batch)
+        loss, logs = self.objective.loss(self.setup.bind(model), batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(self._non_finite(f"The loss is {loss.item()}", batch.names))
+        self._add(logs)
+        return loss * self.args.world_size
+
+    def _non_finite(self, what: str, rows: Sequence[str]) -> str:
+        kept = checkpoint.complete(self.args.output_dir)
+        intact = f"The last complete checkpoint is {kept[-1]}." if kept else "No checkpoint was written yet."
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        return (
+            f"{what} at step {self.state.global_step + 1}; the rows in the batch were {shown or 'none'}. {intact} "
+            "Look at the rows with `luthier preview`, lower learning_rate, or train in float32 or bf16."
+        )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # fp16 scaling makes infinite gradients on purpose and skips those steps itself.
+        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            raise TrainingError(self._non_finite(f"The gradient norm is {float(norm)}", ()))
+        return norm
+
+    def _add(self, logs: Mapping[str, Tensor]) -> None:
+        for name, value in logs.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the objective's logs and the throughput since the last time to transformers' own."""
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._logged_step, 1)
+            sums = self._over_ranks({name: float(value) for name, value in self._sums.items()}) if self._sums else {}
+            logs |= {name: value / steps for name, value in sums.items()} | self._throughput()
+            self._sums, self._logged_step = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    _logged_step = 0
+
+    def _throughput(self) -> dict[str, float]:
+        then, tokens, trained = self._clock
+        self._clock = (time.perf_counter(), self.tokens_seen, self.trained_seen)
+        seconds = max(self._clock[0] - then, 1e-9)
+        return {
+            "tokens": self.tokens_seen,
+            "tokens_per_second": (self.tokens_seen - tokens) / seconds,
+            "effective_tokens_per_second": (self.trained_seen - trained) / seconds,
+        }
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 N T, the usual estimate: T tokens computed by N parameters, forward and backward."""
+        return 6 * inputs["batch"].tokens * self._parameters
+
+    @property
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    # Evaluation is one big optimiser step without the optimiser: the same loss, the same exact means.
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Loss and logs of the objective over a whole set, whatever the batch size or the number of ranks."""
+        model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
+        training = model.training
+        model.eval()
+        totals = self._totals_of(dataloader)
+        sums: dict[str, float] = {"loss": 0.0}
+        for inputs in dataloader:
+            batch = inputs["batch"].to(self.args.device).with_totals(totals)
+            policy = self.setup.bind(model)
+            loss, logs = self.objective.loss(policy, batch)
+            shares = {"loss": loss, **logs}
+            if self.accuracy:
+                shares["accuracy"] = batch.mean(policy.hits(batch), over="token")
+            for name, value in shares.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._over_ranks(sums).items()}
+        model.train(training)
+        return EvalLoopOutput(None, None, metrics, int(totals["group"]))
+
+    def _totals_of(self, dataloader: EpochLoader) -> dict[str, float]:
+        known = id(dataloader.dataset)
+        if known not in self._eval_totals:
+            counts = _counts([inputs["batch"] for inputs in dataloader])
+            self._eval_totals[known] = self._over_ranks(counts)
+        return self._eval_totals[known]
+
+    # Checkpoints: complete or absent.
+
+    def _save_checkpoint(self, model, trial) -> None:
+        final = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+        staged = checkpoint.aside(final)
+        self.store_flos()
+        if self.state.best_global_step:
+            best = final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        with checkpoint.guarded(staged, f"checkpoint {self.state.global_step}"):
+            self.save_model(str(staged), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staged))
+                self._save_scaler(str(staged))
+                self._save_rng_state(str(staged))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._save_state(staged)
+                checkpoint.publish(staged, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _save_state(self, folder: Path) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, transformers.trainer_callback.ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(folder / checkpoint.STATE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            for write in self.sidecars:
+                write(Path(output_dir if output_dir is not None else self.args.output_dir))
+
+
+def _counts(batches: Sequence[Batch]) -> dict[str, float]:
+    totals: dict[str, float] = {"computed": 0.0, "token": 0.0, "answer": 0.0, "group": 0.0}
+    for batch in batches:
+        for name, count in {**batch.units(), "computed": float(batch.tokens)}.items():
+            totals[name] = totals.get(name, 0.0) + count
+    return totals
