@@ -1,4 +1,4 @@
-"""How text is generated: LLaMA-Factory's generating arguments. What is not said here is not taken from the model folder."""
+"""How text is generated: LLaMA-Factory's generating arguments. The model folder's own defaults play no part."""
 
 from __future__ import annotations
 
