@@ -1,0 +1,172 @@
+"""Chat templates as data: lists of slots. `slot_template.py` turns messages into ids with them.
+
+The catalogue is `luthier/templates/`; each file there has `TEMPLATES: dict[str, Template]`. The ids are those of
+LLaMA-Factory's templates of the same names: every string of a slot list is tokenised on its own, bos and eos are
+ids, and what stands after the prompt is the response with its end-of-turn marker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from luthier.core.errors import ConfigError
+from luthier.core.log import get_logger
+from luthier.core.objective import Renderer
+from luthier.core.registry import every, miss
+from luthier.data.tools import tool_format
+
+log = get_logger("data.template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateConfig:
+    """How messages become tokens."""
+
+    template: str | None = None
+    """Name of the chat template; unset: the tokenizer's own. It must be the one the model was trained with."""
+    default_system: str | None = None
+    """System prompt of conversations that bring none; unset: the template's."""
+    enable_thinking: bool | None = True
+    """Reasoning templates. true: thoughts are trained, turns without one train an empty one; false: thoughts are
+    removed and an empty one stands in the prompt; null: thoughts are kept, an empty one in the prompt if missing."""
+    preserve_thinking: bool = False
+    """Reasoning templates: keep the thoughts of earlier turns where only the last response is trained."""
+    tool_format: str | None = None
+    """How tools and their calls are written (default, qwen, llama3, mistral, glm4); unset: the template's way."""
+    date_string: str = "26 Jul 2024"
+    """The day that templates with a date in the prompt are told (Llama 3); never the clock's, so tokens repeat."""
+    efficient_eos: bool | None = None
+    """Whether only the end of a conversation carries eos, not each turn; unset: as the template has it."""
+    replace_eos: bool | None = None
+    """Whether the template's first stop word becomes the tokenizer's eos; unset: as the template has it."""
+
+
+class Special(Enum):
+    """A slot that is an id of the tokenizer, left out if the tokenizer has none."""
+
+    BOS = "bos"
+    EOS = "eos"
+
+
+BOS, EOS = Special.BOS, Special.EOS
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A slot that is one token of the vocabulary, looked up by its text."""
+
+    text: str
+
+
+Slots = str | tuple[str | Special | Token, ...]
+"""What a message becomes. `{{content}}` stands for its text, `{{idx}}` for the number of the exchange (user and
+observation). One string stands for a tuple of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template. Unset slots follow others, as said under each."""
+
+    user: Slots = "{{content}}"
+    assistant: Slots | None = None
+    """Unset: the text and eos, or only the text if `efficient_eos`."""
+    system: Slots = "{{content}}"
+    function: Slots | None = None
+    """Unset: those of assistant."""
+    observation: Slots | None = None
+    """Unset: those of user."""
+    prefix: Slots = ()
+    """Before everything else."""
+    tool_format: str = "default"
+    default_system: str = ""
+    stop_words: tuple[str, ...] = ()
+    """Tokens that end a response beside eos; those the vocabulary lacks are no use and left out."""
+    markers: tuple[str, ...] = ()
+    """Special tokens the slots write, beside the stop words: the vocabulary must have them."""
+    thought_words: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
+    tool_call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
+    efficient_eos: bool = False
+    """Turns carry no end token; the stage puts eos at the end of the conversation."""
+    replace_eos: bool = False
+    """The first stop word becomes the tokenizer's eos."""
+    fuse_system: bool = False
+    """The system prompt stands inside the first user message."""
+    reasoning: bool = False
+    """Thoughts follow the rules of `data/reasoning.py`."""
+    document_end: str | None = None
+    """What ends a pre-training document; unset: eos."""
+
+    def slots(self, role: str) -> tuple[str | Special | Token, ...]:
+        """The slots of a role, or of "system" or "prefix", with those left unset filled in."""
+        assistant = (
+            self.assistant if self.assistant is not None else ("{{content}}",) + (EOS,) * (not self.efficient_eos)
+        )
+        table = {
+            "prefix": self.prefix,
+            "system": self.system,
+            "user": self.user,
+            "observation": self.user if self.observation is None else self.observation,
+            "assistant": assistant,
+            "function": assistant if self.function is None else self.function,
+        }
+        found = table[role]
+        return (found,) if isinstance(found, str) else found
+
+
+def make_renderer(config: TemplateConfig, tokenizer: Any) -> Renderer:
+    """Bind the template of the configuration to a tokenizer, which is changed where the template needs it: eos
+    becomes the template's end of turn (`replace_eos`), stop words count as special tokens, pad becomes eos if there
+    is none. Raises TemplateError if the tokenizer lacks a token of the template, ConfigError for an unknown name."""
+    if config.template is None:
+        from luthier.data.chat_template import ChatTemplateRenderer
+
+        return ChatTemplateRenderer(config, tokenizer)
+    from luthier.data.slot_template import SlotRenderer
+
+    return SlotRenderer(config, customise(find_template(config.template), config), tokenizer)
+
+
+def find_template(name: str) -> Template:
+    """A template of the catalogue or of a plugin; ConfigError names the nearest."""
+    catalogue = {known: template for module in every("templates") for known, template in module.TEMPLATES.items()}
+    if name not in catalogue:
+        raise ConfigError(f"template: {miss('template', name, sorted(catalogue))}")
+    return catalogue[name]
+
+
+def customise(template: Template, config: TemplateConfig) -> Template:
+    """A new template with what the configuration changes."""
+    if config.tool_format is not None and config.tool_format != template.tool_format:
+        tool_format(config.tool_format)
+        template = replace(template, tool_format=config.tool_format, function=None)
+    if config.default_system is not None:
+        template = replace(template, default_system=config.default_system)
+    if config.efficient_eos is not None and config.efficient_eos != template.efficient_eos:
+        template = _with_efficient_eos(template, config)
+    if config.replace_eos is not None:
+        if config.replace_eos and not template.stop_words:
+            raise ConfigError(f"replace_eos: template {config.template!r} has no stop word to make eos of.")
+        template = replace(template, replace_eos=config.replace_eos)
+    if not template.reasoning and (config.enable_thinking is False or config.preserve_thinking):
+        log.warning(
+            "template %r has no thoughts: enable_thinking and preserve_thinking have no effect.", config.template
+        )
+    return template
+
+
+def _with_efficient_eos(template: Template, config: TemplateConfig) -> Template:
+    changed = {}
+    for role in ("assistant", "function"):
+        slots = template.slots(role)
+        if not config.efficient_eos:
+            changed[role] = (*slots, EOS)
+        elif slots[-1] is EOS:
+            changed[role] = slots[:-1]
+        else:
+            raise ConfigError(
+                f"efficient_eos: template {config.template!r} ends its turns with {slots[-1]!r}, not with eos; "
+                f"leave efficient_eos out."
+            )
+    return replace(template, efficient_eos=bool(config.efficient_eos), **changed)
