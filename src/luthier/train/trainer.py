@@ -51,7 +51,7 @@ class Trainer(transformers.Trainer):
         self._sums: dict[str, Tensor] = {}
         self._eval_totals: dict[int, dict[str, float]] = {}
         self._clock = (time.perf_counter(), 0, 0.0)
-        self.tokens_seen, self.trained_seen = 0, 0.0
+        self.tokens_seen, self.trained_seen, self._steps_to_log = 0, 0.0, 0
 
     # Data: every rank asks for its own micro-batches, so accelerate must not shard them again.
 
@@ -93,9 +93,11 @@ class Trainer(transformers.Trainer):
         batches = [sample["batch"] for sample in batch_samples]
         counts = _counts(batches)
         totals = self._over_ranks(counts)
-        self.tokens_seen += int(totals.pop("computed"))
+        computed = int(totals.pop("computed"))
+        self.tokens_seen += computed
         self.trained_seen += totals["token"]
-        self.state.num_input_tokens_seen = self.tokens_seen
+        self.state.num_input_tokens_seen += computed
+        self._steps_to_log += 1
         return totals
 
     def _over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
@@ -137,13 +139,11 @@ class Trainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's logs and the throughput since the last time to transformers' own."""
         if "loss" in logs:
-            steps = max(self.state.global_step - self._logged_step, 1)
+            steps = max(self._steps_to_log, 1)
             sums = self._over_ranks({name: float(value) for name, value in self._sums.items()}) if self._sums else {}
             logs |= {name: value / steps for name, value in sums.items()} | self._throughput()
-            self._sums, self._logged_step = {}, self.state.global_step
+            self._sums, self._steps_to_log = {}, 0
         super().log(logs, start_time)
-
-    _logged_step = 0
 
     def _throughput(self) -> dict[str, float]:
         then, tokens, trained = self._clock

@@ -1,0 +1,89 @@
+"""One way to train a tiny model on made-up items, for every objective there is."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import transformers
+
+from luthier.core.objective import Objective
+from luthier.core.registry import find, names
+from luthier.core.types import Encoded, Path
+from luthier.data.layout import collate
+from luthier.model.policy import PolicySetup
+from luthier.train.sampler import Bundles, Collator
+from luthier.train.trainer import Trainer
+from tests.conftest import build_model
+
+OBJECTIVES = names("objectives")
+
+
+def objective_of(name: str) -> Objective:
+    """A fresh objective with its default keys."""
+    module = find("objectives", name)
+    return next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Objective) and v is not Objective)()
+
+
+def items_for(objective: Objective, count: int, seed: int = 0) -> list[tuple[Encoded, str]]:
+    """Random examples with as many answers as the objective wants, scored, with its columns."""
+    rng = random.Random(seed)
+    low, high = objective.answers
+    items = []
+    for number in range(count):
+        prompt = [rng.randrange(7, 400) for _ in range(rng.randint(2, 9))]
+        answers = rng.randint(max(low, 1), min(high or 4, 4))
+        paths = []
+        for k in range(answers):
+            reply = [rng.randrange(7, 400) for _ in range(rng.randint(1, 8))]
+            weights = [0.0] * len(prompt) + [1.0] * len(reply)
+            columns = {c.name: [rng.random() if w else float("nan") for w in weights] for c in objective.columns}
+            paths.append(Path(prompt + reply, weights, f"candidate-{k}", float(answers - k), columns))
+        items.append((Encoded(tuple(paths)), f"row {number}"))
+    return items
+
+
+def trainer_for(name: str, folder, *, items=None, layout="shared", batch=2, accumulate=1, dtype=torch.float64, lr=0.1, **extra) -> Trainer:
+    """A Trainer with plain SGD on a tiny Llama."""
+    objective = objective_of(name)
+    items = items_for(objective, 12) if items is None else items
+    model = build_model("llama", dtype=dtype)
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": lr,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "seed": 7,
+    }
+    trainer = Trainer(
+        setup=PolicySetup(model),
+        objective=objective,
+        args=transformers.TrainingArguments(**{**arguments, **extra}),
+        train_dataset=Bundles(items),
+        eval_dataset=Bundles(items),
+        data_collator=Collator(collate, layout=layout, pad_id=3, columns=[c.name for c in objective.columns]),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, detached."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest absolute difference between two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
