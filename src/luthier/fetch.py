@@ -342,7 +342,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ModelError(f"the disk is full ({error.filename or target}). Make room and run it again.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ModelError(f"{error.filename or target} cannot be written: {error.strerror}.") from error
         raise
 
