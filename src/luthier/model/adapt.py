@@ -1,0 +1,242 @@
+"""Which weights are trained, and the adapters a model starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.errors import ConfigError, ModelError
+from luthier.core.log import get_logger
+from luthier.core.registry import find
+from luthier.model.load import ModelConfig, hub, local_folder, no_source
+from luthier.model.modules import as_names, embeddings, tied
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = get_logger("model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """How much of the model is trained, and what was trained before."""
+
+    finetuning_type: str = "lora"
+    """What is trained: the name of a file in adapters/, such as full, freeze or lora."""
+    adapter_name_or_path: str | list[str] | None = None
+    """Adapters to start from: folders or hub ids, a list or a string with commas. All but the last are merged into the
+    model in this order; training goes on with the last."""
+    adapter_folder: str | None = None
+    """Folder inside each of the adapters' folders that holds the weights."""
+    create_new_adapter: bool = False
+    """Merge all given adapters and train a new one, instead of going on with the last."""
+    additional_target: str | list[str] | None = None
+    """Modules trained in full beside the adapter and saved with it, such as embed_tokens,lm_head."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many weights a model has, each counted once, and how many of them are trained."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.4g} %)"
+
+
+def adapt(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    keys: Any,
+    *,
+    model_config: ModelConfig,
+    trainable: bool,
+    seed: int = 0,
+    upcast: bool = True,
+) -> PreTrainedModel | PeftModel:
+    """The model with its earlier adapters merged and, for training, exactly the wanted weights free to move.
+
+    keys: the `Config` of the file in adapters/ that `finetuning_type` names.
+    trainable: False merges every adapter and freezes the model (inference); True returns it in training mode.
+    seed: of an adapter's first weights. upcast: trained 16-bit weights become float32 (`pure_bf16` says no).
+    """
+    method = find("adapters", config.finetuning_type)
+    folders = adapter_folders(config, model_config)
+    if folders and not method.IS_ADAPTER:
+        raise ConfigError(
+            f"adapter_name_or_path does not go with finetuning_type: {config.finetuning_type}, which trains the "
+            "model's own weights. Merge the adapter first (luthier export), or use finetuning_type: lora."
+        )
+    goes_on = bool(folders) and trainable and not config.create_new_adapter
+    for folder in folders[: len(folders) - goes_on]:
+        model = merge(attach(model, folder))
+        log.info("Merged the adapter %s into the model.", folder)
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    if goes_on:
+        log.info("Training goes on with the adapter %s; its own settings hold.", folders[-1])
+        model = attach(model, folders[-1], trainable=True)
+    else:
+        model = method.apply(model, keys, also=_also(model, config, model_config), seed=seed)
+    return _ready(model, upcast=upcast, listing=model_config.print_param_status)
+
+
+def adapter_folders(config: AdapterConfig, model_config: ModelConfig) -> list[Path]:
+    """Where the adapters of `adapter_name_or_path` lie, fetched from the hub if need be, each checked to be one."""
+    return [_adapter_folder(name, config, model_config) for name in as_names(config.adapter_name_or_path)]
+
+
+def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """The model with the adapter of `folder` on it. Raises ModelError unless every weight found its place."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        _check_shapes(model, folder)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        hint = (
+            " If tokens were added when it was trained, set resize_vocab: true."
+            if "size mismatch" in str(error)
+            else ""
+        )
+        raise ModelError(f"The adapter {folder} does not fit the model: {error}{hint}") from error
+    _check_loaded(adapted, folder)
+    return adapted
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter added into its weights. Raises ModelError for weights that are not finite."""
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"The adapter cannot be merged: {error}") from error
+    _settle_tie(merged)
+    return merged
+
+
+def _settle_tie(model: PreTrainedModel) -> None:
+    """Make the weights agree with `tie_word_embeddings` again: peft hands back two copies of embedding and head."""
+    import torch
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or tied(model) or not model.config.get_text_config().tie_word_embeddings:
+        return
+    if torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    else:  # an adapter that trained them apart; saying so keeps the head from being lost at the next loading
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """Weights of a model, shared ones counted once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Parameters(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
+
+
+def _adapter_folder(name: str, config: AdapterConfig, model_config: ModelConfig) -> Path:
+    folder = local_folder("adapter_name_or_path", name)
+    if folder is None:
+        folder = _fetch(name, model_config)
+    if config.adapter_folder:
+        folder = folder / config.adapter_folder
+    for file, what in (
+        ("adapter_config.json", "is no adapter folder"),
+        ("adapter_model.safetensors", "has no adapter weights"),
+    ):
+        if not (folder / file).is_file():
+            held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
+            raise ModelError(
+                f"adapter_name_or_path: {folder} {what}: there is no {file}; it holds {held or 'nothing'}."
+            )
+    try:
+        json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    return folder
+
+
+def _fetch(name: str, model_config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # The revision is the base model's, so an adapter's own default branch is taken.
+        where = {key: value for key, value in hub(model_config).items() if key != "revision"}
+        return Path(snapshot_download(name, allow_patterns=["*adapter_*"], **where))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(no_source("adapter_name_or_path", name, None, error)) from error
+
+
+def _check_shapes(model: PreTrainedModel, folder: Path) -> None:
+    from safetensors import safe_open
+
+    modules = dict(model.named_modules())
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as file:
+        for key in file.keys():
+            if not (key.startswith(prefix) and key.endswith(suffix)):
+                continue
+            name = key[len(prefix) : -len(suffix)]
+            if name not in modules:
+                raise ModelError(
+                    f"The adapter {folder} was made for another model: it changes {name}, which "
+                    f"{type(model).__name__} does not have."
+                )
+            width = file.get_slice(key).get_shape()[1]
+            if width not in modules[name].weight.shape:
+                raise ModelError(
+                    f"The adapter {folder} was made for another model: {name} takes {width} numbers there and has "
+                    f"shape {tuple(modules[name].weight.shape)} here."
+                )
+
+
+def _check_loaded(adapted: PeftModel, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    there = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as file:
+        saved = set(file.keys())
+    # Of a grown embedding peft also writes the wrapper and the tied name, beside the trained copy that counts.
+    double = tuple(f"base_model.model.{name}." for name in embeddings(adapted.get_base_model()))
+    if lost := sorted(key for key in saved - set(there) if not key.startswith(double)):
+        raise ModelError(f"The adapter {folder} holds weights the model has no place for: {', '.join(lost[:5])}.")
+    if random := sorted(set(there) - saved):
+        raise ModelError(f"The adapter {folder} lacks weights its config asks for: {', '.join(random[:5])}.")
+
+
+def _also(model: PreTrainedModel, config: AdapterConfig, model_config: ModelConfig) -> tuple[str, ...]:
+    """Modules trained in full beside the method's own. A grown vocabulary is useless while its rows are frozen."""
+    given = as_names(config.additional_target)
+    if given or not model_config.resize_vocab:
+        return tuple(given)
+    names = embeddings(model)
+    log.info("resize_vocab: %s are trained in full and saved with the adapter.", " and ".join(names))
+    return tuple(names)
+
+
+def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, listing: bool) -> PreTrainedModel | PeftModel:
+    import torch
+
+    for parameter in model.parameters():
+        # Updates of 1e-5 vanish in 16 bits: what is trained is held in 32.
+        if upcast and parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    count = count_parameters(model)
+    if count.trainable == 0:
+        raise ConfigError("Nothing would be trained: every weight of the model is frozen.")
+    if listing:
+        for name, parameter in model.named_parameters():
+            state = "trained" if parameter.requires_grad else "frozen"
+            log.info("%s  %s  %s  %s  %s", name, tuple(parameter.shape), parameter.dtype, parameter.device, state)
+    log.info("%s.", count)
+    return model.train()

@@ -1,0 +1,283 @@
+"""A causal language model from a folder or from the Hugging Face hub, complete or not at all."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.core.errors import ConfigError, ModelError
+from luthier.core.log import get_logger
+from luthier.model.modules import tied
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = get_logger("model")
+
+ATTENTION = {
+    "auto": None,
+    "disabled": "eager",
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "flex": "flex_attention",
+}
+"""What users call attention implementations, and what transformers does; None leaves the choice to transformers."""
+
+VOCABULARY_STEP = 64
+"""A resized vocabulary is a multiple of this, as in LLaMA-Factory; matrix products of other sizes are slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str
+    """Folder of the model, or its id on the Hugging Face hub."""
+    model_revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    cache_dir: str | None = None
+    """Where downloads are kept; unset: the usual cache of the Hugging Face hub."""
+    hf_hub_token: str | None = None
+    """Token for models on the hub that need one; unset: what `hf auth login` stored."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust as you trust programs."""
+    torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Number format of the weights. auto: float32 in training, the model's own elsewhere. What is trained becomes
+    float32 unless `pure_bf16` is set."""
+    infer_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Number format of the weights in chat, infer and export. auto: as `torch_dtype`."""
+    flash_attn: Literal["auto", "disabled", "eager", "sdpa", "fa2", "fa3", "flex"] = "auto"
+    """Attention implementation. `disabled` is `eager`."""
+    train_from_scratch: bool = False
+    """Start from random weights; only the architecture is taken from the folder."""
+    add_tokens: str | list[str] | None = None
+    """Ordinary tokens to add to the tokenizer: a list, or a string with commas."""
+    add_special_tokens: str | list[str] | None = None
+    """Special tokens to add to the tokenizer: a list, or a string with commas. Left out of decoded text."""
+    resize_vocab: bool = False
+    """Grow the embeddings to the size of the tokenizer. With an adapter, embeddings and head are then trained whole."""
+    split_special_tokens: bool = False
+    """Cut special tokens written in texts into pieces, as if they were ordinary words."""
+    print_param_status: bool = False
+    """List every parameter with its number format, device and whether it is trained."""
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path.strip():
+            raise ConfigError("model_name_or_path is empty; give a model's folder or its id on the hub.")
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    attn: str | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The model of `config`, in evaluation mode, every weight of it from the checkpoint.
+
+    tokenizer: checked against the vocabulary, which grows to it with `resize_vocab`.
+    dtype: what the caller wants where the user left `torch_dtype` at auto; None is for inference, where `infer_dtype`
+    comes first and the checkpoint's own format last.
+    attn: attention implementation in transformers' words; None follows `flash_attn`.
+    seed: of random weights and of the noise in new embedding rows.
+    Raises ModelError for anything that is not a whole causal language model.
+    """
+    import torch
+
+    wanted = _dtype(config, dtype)
+    implementation = attn or ATTENTION[config.flash_attn]
+    settings = read_settings(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if config.train_from_scratch:
+            model = _scratch(config, settings, wanted, implementation, inference=dtype is None)
+        else:
+            model = _pretrained(config, settings, wanted, implementation)
+    _mend_generation(model)
+    if tokenizer is not None:
+        _fit_vocabulary(model, tokenizer, config, seed)
+    if device is not None:
+        model.to(device)
+    return model.eval()
+
+
+def hub(config: ModelConfig) -> dict[str, Any]:
+    """What every `from_pretrained` is told about the hub."""
+    return {"revision": config.model_revision, "cache_dir": config.cache_dir, "token": config.hf_hub_token}
+
+
+def local_folder(key: str, name: str) -> Path | None:
+    """The folder `name` means, or None where it can only be an id on the hub.
+
+    Raises ModelError for a path that does not exist or is a file; `key` is named in the message.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{key}: {name} is a file. Give the folder that holds the model.")
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
+        raise ModelError(f"{key}: there is no folder {name} (looked for {path.absolute()}).")
+    return None
+
+
+def read_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json, checked to be that of a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    name = config.model_name_or_path
+    folder = local_folder("model_name_or_path", name)
+    if folder is not None:
+        _check_folder(folder, weights=not config.train_from_scratch)
+    try:
+        settings = AutoConfig.from_pretrained(folder or name, trust_remote_code=config.trust_remote_code, **hub(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(no_source("model_name_or_path", name, folder, error)) from error
+    remote = "AutoModelForCausalLM" in (settings.to_dict().get("auto_map") or {})
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        made = ", ".join(settings.architectures or []) or settings.model_type
+        raise ModelError(f"{name} is no causal language model: its architecture is {made}.")
+    return settings
+
+
+def no_source(key: str, name: str, folder: Path | None, error: Exception) -> str:
+    """Why a folder or a hub id could not be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if folder is not None:
+        return f"{key}: {folder} cannot be read: {reason}"
+    return (
+        f"{key}: {name} is not a local folder (looked for {Path(name).absolute()}), and the Hugging Face hub does not "
+        f"give it, is not reachable or needs a token: {reason}"
+    )
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    held = sorted(path.name for path in folder.iterdir())
+    listing = f"it holds {', '.join(held[:6])}{' ...' if len(held) > 6 else ''}" if held else "it is empty"
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"model_name_or_path: {folder} is an adapter. Give it as adapter_name_or_path, and its base model here."
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"model_name_or_path: {folder} is no model folder: it has no config.json; {listing}.")
+    if weights and not any(name.endswith((".safetensors", ".bin")) for name in held):
+        raise ModelError(f"model_name_or_path: {folder} has no weights (*.safetensors); {listing}.")
+
+
+def _dtype(config: ModelConfig, wanted: torch.dtype | None) -> torch.dtype | None:
+    import torch
+
+    names = [config.torch_dtype] if wanted is not None else [config.infer_dtype, config.torch_dtype]
+    chosen = next((name for name in names if name != "auto"), None)
+    return wanted if chosen is None else getattr(torch, chosen)
+
+
+def _pretrained(
+    config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None
+) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    name = config.model_name_or_path
+    folder = local_folder("model_name_or_path", name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder or name,
+            config=settings,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=attn,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # so that they are listed; they raise below
+            output_loading_info=True,
+            **hub(config),
+        )
+    except ImportError as error:
+        raise ModelError(f"{name}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(no_source("model_name_or_path", name, folder, error)) from error
+    _check_complete(name, model, info)
+    return model
+
+
+def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    # Buffers that the code computes may be absent from a file; a parameter may not.
+    parameters = {key for key, _ in model.named_parameters()}
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        raise ModelError(
+            f"{name}: the weights lack {_some(missing)}, which would be random. The architecture in config.json is "
+            f"{type(model).__name__}; is the folder complete, and is it that of a language model with its head?"
+        )
+    if wrong := sorted(info["mismatched_keys"]):
+        shapes = [f"{key} (file {tuple(there)}, config.json {tuple(here)})" for key, there, here in wrong]
+        raise ModelError(f"{name}: the weights do not fit config.json: {_some(shapes)}.")
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%s: %s has no place for the weights %s; they are not used.", name, type(model).__name__, _some(unused)
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _scratch(
+    config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None, *, inference: bool
+) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if inference:
+        raise ConfigError(
+            "train_from_scratch: true makes random weights, which only training can use. To use what was trained, "
+            "set model_name_or_path to its folder and leave train_from_scratch out."
+        )
+    return AutoModelForCausalLM.from_config(
+        settings, dtype=dtype or torch.float32, attn_implementation=attn, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _mend_generation(model: PreTrainedModel) -> None:
+    # Some published models (Llama 2) carry sampling values with do_sample off, which save_pretrained refuses.
+    generation = model.generation_config
+    if generation is None or generation.do_sample:
+        return
+    if any(value not in (None, default) for value, default in ((generation.temperature, 1.0), (generation.top_p, 1.0))):
+        generation.do_sample = True
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    if not config.resize_vocab:
+        raise ModelError(
+            f"{config.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for "
+            f"{rows}. Set resize_vocab: true to train the new ones, or use the tokenizer that belongs to the model."
+        )
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_STEP, mean_resizing=False)
+    _fill_new_rows(model.get_input_embeddings(), rows, seed)
+    head = model.get_output_embeddings()
+    if head is not None and not tied(model):
+        _fill_new_rows(head, rows, seed + 1)
+    log.info("The vocabulary grows from %d to %d.", rows, model.get_input_embeddings().weight.shape[0])
+
+
+def _fill_new_rows(module: nn.Module, old: int, seed: int) -> None:
+    """Rows from `old` on become the mean of the old ones plus noise of deviation 1/sqrt(width)."""
+    import torch
+
+    weight = module.weight.data
+    width = weight.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(weight) - old, width, generator=generator) / math.sqrt(width)
+    weight[old:] = weight[:old].float().mean(0) + noise.to(weight.device)
