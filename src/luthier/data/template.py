@@ -130,7 +130,12 @@ def make_renderer(config: TemplateConfig, tokenizer: Any) -> Renderer:
 
 def find_template(name: str) -> Template:
     """A template of the catalogue or of a plugin; ConfigError names the nearest."""
-    catalogue = {known: template for module in every("templates") for known, template in module.TEMPLATES.items()}
+    catalogue: dict[str, Template] = {}
+    for module in every("templates"):
+        twice = sorted(catalogue.keys() & module.TEMPLATES.keys())
+        if twice:
+            raise ConfigError(f"{module.__file__} defines templates that another file defines: {', '.join(twice)}.")
+        catalogue.update(module.TEMPLATES)
     if name not in catalogue:
         raise ConfigError(f"template: {miss('template', name, sorted(catalogue))}")
     return catalogue[name]

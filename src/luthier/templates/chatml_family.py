@@ -23,14 +23,30 @@ _QWEN3 = replace(
     replace_eos=True,
 )
 
+_CHATML_EOS = replace(_WITH_TOOL_TURNS, stop_words=("<|im_end|>", "<|im_start|>"), replace_eos=True)
+
 TEMPLATES = {
-    "chatml": replace(_WITH_TOOL_TURNS, stop_words=("<|im_end|>", "<|im_start|>"), replace_eos=True),
+    "chatml": _CHATML_EOS,
+    "chatml_de": replace(_CHATML_EOS, default_system="Du bist ein freundlicher und hilfsbereiter KI-Assistent."),
     "qwen": replace(_QWEN3, default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "qwen3": replace(_QWEN3, reasoning=True),
     "qwen3_nothink": _QWEN3,
     "smollm": _CHATML,
     "smollm2": replace(_CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face."),
     "yi": _CHATML,
+    "cpm4": replace(_WITH_TOOL_TURNS, prefix=(BOS,)),
+    "falcon_h1": replace(_WITH_TOOL_TURNS, prefix=(BOS,), stop_words=("<|im_end|>", "<|end_of_text|>")),
+    "intern_s1": replace(_CHATML, prefix=(BOS,)),
+    "mimo": replace(_QWEN3, reasoning=True, default_system="You are a helpful assistant."),
+    "opencoder": replace(_WITH_TOOL_TURNS, default_system="You are OpenCoder, created by OpenCoder Team."),
+    "sailor": replace(
+        _CHATML,
+        user="<|im_start|>question\n{{content}}<|im_end|>\n<|im_start|>answer\n",
+        default_system=(
+            "You are an AI assistant named Sailor created by Sea AI Lab. "
+            "Your answer should be friendly, unbiased, faithful, informative and detailed."
+        ),
+    ),
     "intern2": replace(
         _CHATML,
         prefix=(BOS,),

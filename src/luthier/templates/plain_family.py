@@ -26,5 +26,19 @@ TEMPLATES = {
             "The assistant gives helpful, detailed, and polite answers to the user's questions."
         ),
     ),
-    "deepseek": Template(user="User: {{content}}\n\nAssistant:", system="{{content}}\n\n", prefix=(BOS,)),
+    "falcon": Template(user="User: {{content}}\nFalcon:", assistant="{{content}}\n", efficient_eos=True),
+    "fewshot": Template(assistant="{{content}}\n\n", efficient_eos=True),
+    "openchat": Template(
+        user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:"),
+        prefix=(BOS,),
+    ),
+    "olmo": Template(user="<|user|>\n{{content}}<|assistant|>\n", prefix=(EOS,)),
+    "solar": Template(
+        user="### User:\n{{content}}\n\n### Assistant:\n", system="### System:\n{{content}}\n\n", efficient_eos=True
+    ),
+    "zephyr": Template(
+        user=("<|user|>\n{{content}}", EOS, "<|assistant|>\n"),
+        system=("<|system|>\n{{content}}", EOS),
+        default_system="You are Zephyr, a helpful assistant.",
+    ),
 }
