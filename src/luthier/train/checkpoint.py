@@ -32,12 +32,18 @@ def sweep(output_dir: str | Path) -> None:
         shutil.rmtree(leftover)
 
 
+def publish_into(staged: Path, folder: Path) -> None:
+    """Flush staged files to disk and move them into a folder that may hold others, each in one step."""
+    _flush_all(staged)
+    for file in sorted(staged.iterdir()):
+        os.replace(file, folder / file.name)
+    staged.rmdir()
+    _flush(folder)
+
+
 def publish(staged: Path, final: Path) -> None:
     """Flush a staged checkpoint to disk and give it its name; replaces an older one of the same step."""
-    for file in staged.rglob("*"):
-        if file.is_file():
-            _flush(file)
-    _flush(staged)
+    _flush_all(staged)
     if final.exists():
         # A resumed run that stops and saves at the step it resumed from.
         old = final.with_name(f"{_ASIDE}old-{final.name}")
@@ -47,6 +53,13 @@ def publish(staged: Path, final: Path) -> None:
     else:
         staged.rename(final)
     _flush(final.parent)
+
+
+def _flush_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    _flush(folder)
 
 
 def _flush(path: Path) -> None:

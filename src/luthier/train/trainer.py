@@ -27,7 +27,7 @@ class Trainer(transformers.Trainer):
     """Trains whatever `objective` asks for.
 
     setup: the policy of `model`. sidecars: called with every folder that is saved, checkpoint or final. shuffle: new
-    order each epoch. accuracy: evaluate token accuracy too. Datasets are `Bundles`; the collator gives
+    order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second. Datasets are `Bundles`; the collator gives
     {"batch": Batch}.
     """
 
@@ -41,11 +41,12 @@ class Trainer(transformers.Trainer):
         sidecars: Sequence[Sidecar] = (),
         shuffle: bool = True,
         accuracy: bool = False,
+        effective: bool = False,
         **kwargs: Any,
     ):
         super().__init__(model=setup.model, **kwargs)
         self.setup, self.objective, self.sidecars = setup, objective, tuple(sidecars)
-        self.shuffle, self.accuracy = shuffle, accuracy
+        self.shuffle, self.accuracy, self.effective = shuffle, accuracy, effective
         setup.autocast = self.accelerator.autocast
         setup.label_smoothing = self.args.label_smoothing_factor
         self._sums: dict[str, Tensor] = {}
@@ -110,10 +111,11 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss; times the number of ranks, whose gradients are averaged."""
         batch = inputs["batch"].to(self.args.device).with_totals(num_items_in_batch)
-        loss, logs = self.objective.loss(self.setup.bind(model), batch)
+        loss, logs = self._ask(model, batch)
         if not torch.isfinite(loss):
             raise TrainingError(self._non_finite(f"The loss is {loss.item()}", batch.names))
-        self._add(logs)
+        for name, value in logs.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         return loss * self.args.world_size
 
     def _non_finite(self, what: str, rows: Sequence[str]) -> str:
@@ -132,9 +134,12 @@ class Trainer(transformers.Trainer):
             raise TrainingError(self._non_finite(f"The gradient norm is {float(norm)}", ()))
         return norm
 
-    def _add(self, logs: Mapping[str, Tensor]) -> None:
-        for name, value in logs.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+    def _ask(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = self.setup.bind(model)
+        loss, logs = self.objective.loss(policy, batch)
+        if not self.accuracy:
+            return loss, dict(logs)
+        return loss, {**logs, "accuracy": batch.mean(policy.hits(batch), over="token")}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's logs and the throughput since the last time to transformers' own."""
@@ -149,11 +154,10 @@ class Trainer(transformers.Trainer):
         then, tokens, trained = self._clock
         self._clock = (time.perf_counter(), self.tokens_seen, self.trained_seen)
         seconds = max(self._clock[0] - then, 1e-9)
-        return {
-            "tokens": self.tokens_seen,
-            "tokens_per_second": (self.tokens_seen - tokens) / seconds,
-            "effective_tokens_per_second": (self.trained_seen - trained) / seconds,
-        }
+        logs = {"tokens": self.tokens_seen, "tokens_per_second": (self.tokens_seen - tokens) / seconds}
+        if self.effective:
+            logs["effective_tokens_per_second"] = (self.trained_seen - trained) / seconds
+        return logs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 N T, the usual estimate: T tokens computed by N parameters, forward and backward."""
@@ -177,12 +181,8 @@ class Trainer(transformers.Trainer):
         sums: dict[str, float] = {"loss": 0.0}
         for inputs in dataloader:
             batch = inputs["batch"].to(self.args.device).with_totals(totals)
-            policy = self.setup.bind(model)
-            loss, logs = self.objective.loss(policy, batch)
-            shares = {"loss": loss, **logs}
-            if self.accuracy:
-                shares["accuracy"] = batch.mean(policy.hits(batch), over="token")
-            for name, value in shares.items():
+            loss, logs = self._ask(model, batch)
+            for name, value in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._over_ranks(sums).items()}
@@ -225,6 +225,16 @@ class Trainer(transformers.Trainer):
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def save_final(self) -> None:
+        """Save the trained model into output_dir itself, or say clearly why that did not work."""
+        folder = Path(self.args.output_dir)
+        staged = checkpoint.aside(folder / "model")
+        with checkpoint.guarded(staged, "the trained model"):
+            self.save_model(str(staged))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish_into(staged, folder)
 
     def _save_state(self, folder: Path) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:

@@ -1,0 +1,225 @@
+"""`luthier train`: YAML to weights, in the order it happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.core import log as logging
+from luthier.core.errors import CheckpointError, ConfigError
+from luthier.core.registry import every
+from luthier.run import Run, resolve
+
+if TYPE_CHECKING:
+    import transformers
+
+    from luthier.train.trainer import Trainer
+
+log = logging.get_logger("fit")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    output_dir: Path
+    metrics: Mapping[str, float]
+    stopped_by: int | None = None
+    """The number of the signal that ended the run early, if one did."""
+
+
+def fit(run: Run) -> Result:
+    """Train (and evaluate) what `run` describes; everything it leaves behind lies in `output_dir`."""
+    import transformers
+
+    from luthier.data.encode import prepare
+    from luthier.data.template import make_renderer
+    from luthier.model.adapt import adapt, count_parameters
+    from luthier.model.load import load_model
+    from luthier.model.policy import PolicySetup
+    from luthier.model.tokenizer import load_tokenizer
+    from luthier.train import config, report, rows
+    from luthier.train.trainer import Trainer
+
+    if run.train.plot_loss:
+        report.check_plotting()
+    args = config.training_arguments(run.training, run.train)
+    _one_device_each(args)
+    resume = _resume_from(run, args)
+    transformers.set_seed(args.seed)
+
+    tokenizer = load_tokenizer(run.model)
+    renderer = make_renderer(run.template, tokenizer)
+    run.objective.start(renderer)
+    cutoff = run.layout.cutoff_len
+    data = prepare(run.data, run.objective, renderer, cutoff_len=cutoff, seed=args.seed)
+    log.info("%s", data.report)
+
+    model = load_model(run.model, tokenizer=tokenizer, dtype=_weights(run, args), device=args.device, seed=args.seed)
+    model = adapt(
+        model,
+        run.adapter,
+        run.adapter_keys,
+        model_config=run.model,
+        trainable=True,
+        seed=args.seed,
+        upcast=not run.train.pure_bf16,
+    )
+    log.info("%s", count_parameters(model))
+    setup = PolicySetup(model)
+
+    packing = run.objective.packs if run.layout.packing is None else run.layout.packing
+    laid_out = rows.lay_out(
+        rows.bundle(data.train, packing=packing or run.layout.neat_packing, cutoff_len=cutoff),
+        setup,
+        wish=run.layout.layout,
+        batch_size=args.per_device_train_batch_size,
+        pad_id=tokenizer.pad_token_id,
+        columns=[column.name for column in run.objective.columns],
+        noisy=bool(args.neftune_noise_alpha),
+        check=run.train.verify_layout,
+    )
+    evaluation = {name: rows.bundle(part, packing=False, cutoff_len=cutoff) for name, part in data.eval.items()}
+    trainer = Trainer(
+        setup=setup,
+        objective=run.objective,
+        sidecars=[_config_writer(run)],
+        shuffle=not run.train.disable_shuffling,
+        accuracy=run.train.compute_accuracy,
+        effective=run.train.include_effective_tokens_per_second,
+        args=args,
+        train_dataset=laid_out.train,
+        eval_dataset=evaluation.get("", evaluation or None),
+        data_collator=laid_out.collator,
+        processing_class=tokenizer,
+        callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    metrics = _train(run, trainer, resume)
+    return Result(Path(args.output_dir), metrics, _stopped_by(trainer))
+
+
+def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
+    from luthier.train import report
+
+    metrics: dict[str, float] = {}
+    if trainer.args.do_train:
+        outcome = trainer.train(resume_from_checkpoint=resume)
+        metrics |= outcome.metrics
+        trainer.save_final()
+        trainer.save_metrics("train", outcome.metrics)
+        trainer.save_state()
+    if trainer.eval_dataset is not None and (trainer.args.do_eval or not trainer.args.do_train):
+        if _stopped_by(trainer) is None:
+            found = trainer.evaluate()
+            found = report.with_perplexity(found) if run.stage == "pt" else found
+            trainer.save_metrics("eval", found)
+            metrics |= found
+    if trainer.is_world_process_zero() and trainer.args.do_train:
+        folder = Path(trainer.args.output_dir)
+        drawn = report.plot_loss(folder, trainer.state.log_history) if run.train.plot_loss else []
+        command = f"luthier train {run.source.path or 'config.yaml'}"
+        report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
+        log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
+    return metrics
+
+
+def _weights(run: Run, args: transformers.TrainingArguments) -> Any:
+    """The number format the model is loaded in: what is trained whole stays float32 unless `pure_bf16`.
+
+    Under bf16 the frozen base of an adapter is kept in bfloat16; the adapter itself is float32.
+    """
+    import torch
+
+    from luthier.core.registry import find
+
+    frozen_base = find("adapters", run.adapter.finetuning_type).IS_ADAPTER
+    return torch.bfloat16 if run.train.pure_bf16 or (args.bf16 and frozen_base) else torch.float32
+
+
+def _one_device_each(args: transformers.TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} accelerators are visible to one process. Start one process for each with "
+            f"`torchrun --nproc_per_node {args.n_gpu} -m luthier train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _resume_from(run: Run, args: transformers.TrainingArguments) -> str | None:
+    """The checkpoint to go on from; cleans up what an interrupted run left half-written."""
+    from luthier.train import checkpoint
+
+    folder = Path(args.output_dir)
+    _writable(folder)
+    asked = run.training.get("resume_from_checkpoint")
+    found = checkpoint.complete(folder)
+    if isinstance(asked, str):
+        if not (Path(asked) / checkpoint.STATE).is_file():
+            raise CheckpointError(f"resume_from_checkpoint: {asked} is no complete checkpoint (no {checkpoint.STATE}).")
+        return asked
+    if not args.do_train:
+        return None
+    if args.process_index == 0:
+        checkpoint.sweep(folder)
+    if run.train.overwrite_output_dir and not asked:
+        return None
+    if found:
+        log.info("Resuming from %s. (overwrite_output_dir: true starts afresh.)", found[-1])
+        return str(found[-1])
+    if asked:
+        raise CheckpointError(f"resume_from_checkpoint: there is no complete checkpoint in {folder}.")
+    weights = [p.name for p in folder.glob("*.safetensors")]
+    if weights:
+        raise ConfigError(
+            f"output_dir: {folder} already holds a trained model ({weights[0]}) and no checkpoint to go on from. Choose "
+            "another folder, or set overwrite_output_dir: true."
+        )
+    return None
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written ({error.strerror or error}). Give a folder you may write to."
+        ) from error
+
+
+def _config_writer(run: Run) -> Callable[[Path], None]:
+    """Puts the config file as the user wrote it, and the resolved one, into every folder that is saved."""
+    name = run.source.path.name if run.source.path is not None else "config.yaml"
+    # A user's file may itself be called resolved_config.yaml when a run is repeated from it.
+    resolved = "resolved_config.yaml" if name != "resolved_config.yaml" else "resolved_config.again.yaml"
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(run.source.text, encoding="utf-8")
+        (folder / resolved).write_text(run.to_yaml(), encoding="utf-8")
+
+    return write
+
+
+def _stopped_by(trainer: Trainer) -> int | None:
+    from luthier.callbacks.stop_signals import StopSignals
+
+    caught = [c.stopped_by for c in trainer.callback_handler.callbacks if isinstance(c, StopSignals)]
+    return next((int(signal) for signal in caught if signal is not None), None)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`luthier train CONFIG [key=value ...]`. Returns 128 + n if signal n stopped the run after a checkpoint."""
+    from luthier.cli import parse_command
+
+    command = parse_command(argv, "train")
+    run = resolve(command.config, command.overrides, verb="train")
+    for line in (*run.warnings, *run.notes):
+        log.info("%s", line)
+    result = fit(run)
+    return 0 if result.stopped_by is None else 128 + result.stopped_by

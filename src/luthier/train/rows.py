@@ -1,0 +1,109 @@
+"""From encoded examples to the rows a run trains on: packed or not, in a layout that was checked on the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from luthier.core.errors import TrainingError
+from luthier.core.log import get_logger
+from luthier.core.types import Encoded
+from luthier.data.layout import collate
+from luthier.data.plan import choose_layout, pack
+from luthier.model.policy import PolicySetup
+from luthier.model.verify import verify
+from luthier.train.sampler import Bundles, Collator
+
+log = get_logger("train")
+
+
+class Examples(Protocol):
+    """What `data.encode.EncodedSet` offers here."""
+
+    tree_tokens: np.ndarray
+    path_tokens: np.ndarray
+    longest: np.ndarray
+    answers: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Encoded, str]: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows and how to lay them out."""
+
+    train: Bundles
+    collator: Collator
+    layout: str
+
+
+def bundle(examples: Examples, *, packing: bool, cutoff_len: int) -> Bundles:
+    """One example a row, or with packing as many as fit `cutoff_len` tokens."""
+    if not packing:
+        return Bundles(examples)
+    return Bundles(examples, pack(examples.tree_tokens.tolist(), cutoff_len))
+
+
+def lay_out(
+    train: Bundles,
+    setup: PolicySetup,
+    *,
+    wish: str,
+    batch_size: int,
+    pad_id: int,
+    columns: Sequence[str] = (),
+    noisy: bool = False,
+    check: bool = True,
+) -> Rows:
+    """Choose the layout and let the first batch verify it against the plain computation.
+
+    noisy: NEFTune scales its noise by the length of a row, so that rows must hold one sequence each. check: the
+    first-batch check; a layout that fails it gives way to `padded`, loudly; `padded` failing it is an error.
+    """
+    examples: Examples = train.examples  # type: ignore[assignment]
+    choice = choose_layout(
+        "padded" if noisy and wish == "auto" else wish,
+        tree_tokens=examples.tree_tokens,
+        path_tokens=examples.path_tokens,
+        longest=examples.longest,
+        answers=examples.answers,
+        bundles=train.bundles if train.bundles is not None else [[i] for i in range(len(examples))],
+        batch_size=batch_size,
+    )
+    log.info(choice.reason())
+    layout = choice.layout
+    first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
+    for attempt in dict.fromkeys((layout, "padded")) if check else ():
+        device = next(setup.model.parameters()).device
+        batch = collate(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
+        verdict = verify(setup, batch)
+        if verdict.holds:
+            log.info(
+                "first batch checked: %s rows agree with one plain forward pass per answer to %.1e nats",
+                attempt,
+                verdict.difference,
+            )
+            layout = attempt
+            break
+        model = type(setup.model).__name__
+        if attempt == "padded":
+            raise TrainingError(
+                f"{model} gives other log-probs through Luthier's rows than through its own forward pass (difference "
+                f"{verdict.difference:.3g} nats per token, tolerance {verdict.tolerance:g}). It may change its logits "
+                "after the output head in a way Luthier does not know. Set verify_layout: false only if you know why."
+            )
+        log.warning(
+            "WARNING: %s does not honour the attention mask of %s rows (log-probs differ by %.3g nats per token, "
+            "tolerance %g). Falling back to padded rows: exact, but slower.",
+            model,
+            attempt,
+            verdict.difference,
+            verdict.tolerance,
+        )
+    collator = Collator(collate, layout=layout, pad_id=pad_id, columns=tuple(columns))
+    return Rows(train, collator, layout)
