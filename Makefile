@@ -1,0 +1,52 @@
+# make demo   fine-tune a real model on this machine and talk to it before and after
+# make test   the whole test suite
+# make lint   style and formatting
+# make venv   only the Python environment, in .venv
+#
+# Needs git, make and Python 3.11 or newer with venv. PYTHON=... names another interpreter,
+# PIP_ARGS=... is passed to pip (a mirror, for example).
+
+SHELL := /bin/bash
+NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+PIP_ARGS ?=
+TESTS ?= tests
+WORKERS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint format venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(READY)
+
+# torch comes first and alone, so that no other package's requirement picks its build.
+$(READY): requirements/torch.txt requirements/ci.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Luthier needs Python 3.11 or newer with the venv module; none was found. Name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -q -r requirements/torch.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) -q -r requirements/ci.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
