@@ -64,7 +64,13 @@ def build_model(kind: str = "llama", *, dtype=None, seed: int = 0, **changes):
     import transformers
 
     torch.manual_seed(seed)
-    common = TINY | {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 3, "eos_token_id": 5, "bos_token_id": 1}
+    common = TINY | {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 3,
+        "eos_token_id": 5,
+        "bos_token_id": 1,
+    }
     builders = {
         "llama": lambda: transformers.LlamaConfig(**common | changes),
         "mistral": lambda: transformers.MistralConfig(**common | {"sliding_window": 7} | changes),

@@ -22,7 +22,9 @@ OBJECTIVES = names("objectives")
 def objective_of(name: str) -> Objective:
     """A fresh objective with its default keys."""
     module = find("objectives", name)
-    return next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Objective) and v is not Objective)()
+    return next(
+        v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Objective) and v is not Objective
+    )()
 
 
 def items_for(objective: Objective, count: int, seed: int = 0) -> list[tuple[Encoded, str]]:
@@ -43,7 +45,9 @@ def items_for(objective: Objective, count: int, seed: int = 0) -> list[tuple[Enc
     return items
 
 
-def trainer_for(name: str, folder, *, items=None, layout="shared", batch=2, accumulate=1, dtype=torch.float64, lr=0.1, **extra) -> Trainer:
+def trainer_for(
+    name: str, folder, *, items=None, layout="shared", batch=2, accumulate=1, dtype=torch.float64, lr=0.1, **extra
+) -> Trainer:
     """A Trainer with plain SGD on a tiny Llama."""
     objective = objective_of(name)
     items = items_for(objective, 12) if items is None else items

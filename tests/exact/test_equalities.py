@@ -42,7 +42,11 @@ def test_uneven_batches_make_one_step(name):
         model = build_model("llama", dtype=torch.float64).eval()
         setup, start, batches = PolicySetup(model), 0, []
         for size in cut:
-            batches.append(collate(items[start : start + size], layout="padded", pad_id=3, columns=[c.name for c in objective.columns]))
+            batches.append(
+                collate(
+                    items[start : start + size], layout="padded", pad_id=3, columns=[c.name for c in objective.columns]
+                )
+            )
             start += size
         totals = total_units(batches)
         loss = sum(objective.loss(setup.bind(), b.with_totals(totals))[0] for b in batches)
@@ -75,8 +79,17 @@ def test_layouts_train_the_same_model(name, tmp_path):
 
 
 def test_resumed_run_is_bitwise_the_straight_run(name, tmp_path):
-    options = {"optim": "adamw_torch", "lr": 1e-3, "batch": 1, "accumulate": 2, "num_train_epochs": 2, "save_strategy": "steps",
-               "save_steps": 4, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0}
+    options = {
+        "optim": "adamw_torch",
+        "lr": 1e-3,
+        "batch": 1,
+        "accumulate": 2,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+    }
     straight = trainer_for(name, tmp_path / "straight", **options)
     straight.train()
     first = trainer_for(name, tmp_path / "resumed", **options)
@@ -103,8 +116,10 @@ def _stop_at(trainer, step):
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(name, tmp_path):
-    results = [trainer_for(name, tmp_path, batch=size, layout=layout).evaluate()["eval_loss"]
-               for size, layout in ((1, "padded"), (5, "packed"), (12, "shared"))]
+    results = [
+        trainer_for(name, tmp_path, batch=size, layout=layout).evaluate()["eval_loss"]
+        for size, layout in ((1, "padded"), (5, "packed"), (12, "shared"))
+    ]
     assert results[1:] == pytest.approx(results[:1] * 2, abs=1e-7)
 
 
@@ -121,5 +136,3 @@ def test_a_batch_without_supervision_changes_nothing_and_reaches_every_parameter
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert not parameter.grad.any(), parameter_name
-
-

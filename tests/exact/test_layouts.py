@@ -14,8 +14,14 @@ from tests.conftest import build_model
 from tests.exact.conftest import gradients, in_double, plain_loss
 
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma3", "gpt2")
-WAYS = [("padded", None), ("padded", "dense"), ("packed", "dense"), ("packed", "segments"), ("shared", "dense"),
-        ("shared", "segments")]
+WAYS = [
+    ("padded", None),
+    ("padded", "dense"),
+    ("packed", "dense"),
+    ("packed", "segments"),
+    ("shared", "dense"),
+    ("shared", "segments"),
+]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -65,7 +71,11 @@ def test_loss_and_gradients_equal_the_plain_computation(model, items):
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_eager_attention_gets_additive_masks(model, layout):
-    items = [Encoded((Path([9, 8, 7, 11, 12, 13, 14, 15, 16, 17], [0.0] * 3 + [1.0] * 7), Path([9, 8, 20, 21], [0.0, 0, 1, 1])))]
+    items = [
+        Encoded(
+            (Path([9, 8, 7, 11, 12, 13, 14, 15, 16, 17], [0.0] * 3 + [1.0] * 7), Path([9, 8, 20, 21], [0.0, 0, 1, 1]))
+        )
+    ]
     model.set_attn_implementation("sdpa")
     expected = plain_loss(model, items)
     model.set_attn_implementation("eager")

@@ -34,6 +34,10 @@ class Key:
     """Its Python type; what the gate coerces to."""
     default: Any
     doc: str
+    rule: Refused | None = None
+    """Which values work, where not all of its type do."""
+    required: bool = False
+    """There is no default; the user must say."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ def keys_of(config: type) -> dict[str, Key]:
     hints = typing.get_type_hints(config, include_extras=True)
     docs = field_docs(config)
     return {
-        item.name: Key(item.name, hints[item.name], default_of(item), docs.get(item.name, ""))
+        item.name: Key(
+            item.name, hints[item.name], default_of(item), docs.get(item.name, ""), required=is_required(item)
+        )
         for item in dataclasses.fields(config)
         if item.init
     }
@@ -109,6 +115,11 @@ def default_of(item: dataclasses.Field) -> Any:
     if item.default_factory is not dataclasses.MISSING:
         return item.default_factory()
     return None if item.default is dataclasses.MISSING else item.default
+
+
+def is_required(item: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def owner(name: str, config: type, title: str = "") -> Owner:
@@ -169,20 +180,18 @@ class _Gate:
         self.accepted: dict[str, dict[str, Any]] = {owner.name: {} for owner in owners}
 
     def admit(self, key: str) -> bool:
-        """Give a key to its owner, or to the table of known keys; False if neither knows it."""
+        """Give a key to its owner, or to the tables of known keys; False if nobody knows it."""
         value = self.values[key]
-        if key in self.refused:
-            rule = self.refused[key]
-            if not rule.takes(value):
-                self.complain(key, f"{rule.why} (got {value!r})")
-            elif not any(key in owner.keys for owner in self.owners):
-                return True
-        if key in self.renamed and not any(key in owner.keys for owner in self.owners):
-            return self.rename(key, value)
         owners = [owner for owner in self.owners if key in owner.keys]
         for owner in owners:
             self.hand(owner, owner.keys[key], value, key)
-        return bool(owners) or key in self.refused
+        if owners:
+            return True
+        if key in self.renamed:
+            return self.rename(key, value)
+        if key in self.refused and not self.refused[key].takes(value):
+            self.complain(key, f"{self.refused[key].why} (got {value!r})")
+        return key in self.refused
 
     def rename(self, key: str, value: Any) -> bool:
         rule = self.renamed[key]
@@ -204,9 +213,12 @@ class _Gate:
 
     def hand(self, owner: Owner, key: Key, value: Any, written: str) -> None:
         try:
-            self.accepted[owner.name][key.name] = coerce(key.hint, value, self.given.spelling.get(written))
+            value = coerce(key.hint, value, self.given.spelling.get(written))
         except ValueError:
-            self.complain(written, f"expected {describe(key.hint)}, got {value!r}")
+            return self.complain(written, f"expected {describe(key.hint)}, got {value!r}")
+        if key.rule is not None and not key.rule.takes(value):
+            return self.complain(written, f"{key.rule.why} (got {value!r})")
+        self.accepted[owner.name][key.name] = value
 
     def turn_away(self, key: str, foreign: Mapping[str, str]) -> None:
         """Say what a key is that no part of this run owns."""
@@ -221,6 +233,12 @@ class _Gate:
     def build(self) -> dict[str, Any]:
         sections = {}
         for owner in self.owners:
+            missing = [key for key in owner.keys.values() if key.required and key.name not in self.accepted[owner.name]]
+            for key in missing:
+                if key.name not in self.given.values:
+                    self.complain(key.name, f"is not set. {key.doc}".rstrip("."))
+            if missing:
+                continue
             try:
                 sections[owner.name] = owner.build(**self.accepted[owner.name])
             except ConfigError as error:

@@ -38,9 +38,7 @@ class Renderer(Protocol):
         differently. Raises TemplateError for orders of roles the template cannot render.
         """
 
-    def oneturn(
-        self, messages: Sequence[Message], *, system: str = "", tools: str = ""
-    ) -> tuple[list[int], list[int]]:
+    def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> tuple[list[int], list[int]]:
         """(everything before the last message, the last message), as ids."""
 
     def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:

@@ -1,6 +1,6 @@
 """The nouns every part of Luthier speaks in, from a dataset row to token ids. No torch here.
 
-    row (a dict)  --format-->  Example  --objective.encode-->  Encoded  --layout-->  Batch (core/batch.py)
+row (a dict)  --format-->  Example  --objective.encode-->  Encoded  --layout-->  Batch (core/batch.py)
 """
 
 from __future__ import annotations

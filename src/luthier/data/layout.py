@@ -45,9 +45,7 @@ class _Unit:
     """(answer index in the batch, path, the path's nodes in the tree)"""
 
 
-def collate(
-    items: Sequence[tuple[Encoded, str]], *, layout: str, pad_id: int, columns: Sequence[str] = ()
-) -> Batch:
+def collate(items: Sequence[tuple[Encoded, str]], *, layout: str, pad_id: int, columns: Sequence[str] = ()) -> Batch:
     """Lay out encoded examples as one Batch.
 
     items: (encoded, where it came from). Padded: one row per answer, padded on the right. Packed: one row, every

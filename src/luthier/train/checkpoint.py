@@ -17,7 +17,9 @@ _ASIDE = ".partial-"
 
 def complete(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(output_dir).glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit() and (p / STATE).is_file()]
+    found = [
+        p for p in Path(output_dir).glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit() and (p / STATE).is_file()
+    ]
     return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]))
 
 

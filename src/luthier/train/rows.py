@@ -12,7 +12,7 @@ from luthier.core.errors import TrainingError
 from luthier.core.log import get_logger
 from luthier.core.types import Encoded
 from luthier.data.layout import collate
-from luthier.data.plan import choose_layout, pack
+from luthier.data.plan import Choice, choose_layout, pack
 from luthier.model.policy import PolicySetup
 from luthier.model.verify import verify
 from luthier.train.sampler import Bundles, Collator
@@ -49,6 +49,20 @@ def bundle(examples: Examples, *, packing: bool, cutoff_len: int) -> Bundles:
     return Bundles(examples, pack(examples.tree_tokens.tolist(), cutoff_len))
 
 
+def choose(train: Bundles, wish: str, batch_size: int, *, noisy: bool = False) -> Choice:
+    """The layout for these rows. noisy: NEFTune scales its noise by a row's length, so rows hold one sequence each."""
+    examples: Examples = train.examples  # type: ignore[assignment]
+    return choose_layout(
+        "padded" if noisy and wish == "auto" else wish,
+        tree_tokens=examples.tree_tokens,
+        path_tokens=examples.path_tokens,
+        longest=examples.longest,
+        answers=examples.answers,
+        bundles=train.bundles if train.bundles is not None else [[i] for i in range(len(examples))],
+        batch_size=batch_size,
+    )
+
+
 def lay_out(
     train: Bundles,
     setup: PolicySetup,
@@ -62,19 +76,10 @@ def lay_out(
 ) -> Rows:
     """Choose the layout and let the first batch verify it against the plain computation.
 
-    noisy: NEFTune scales its noise by the length of a row, so that rows must hold one sequence each. check: the
-    first-batch check; a layout that fails it gives way to `padded`, loudly; `padded` failing it is an error.
+    noisy: see `choose`. check: the first-batch check; a layout that fails it gives way to `padded`, loudly; `padded`
+    failing it is an error.
     """
-    examples: Examples = train.examples  # type: ignore[assignment]
-    choice = choose_layout(
-        "padded" if noisy and wish == "auto" else wish,
-        tree_tokens=examples.tree_tokens,
-        path_tokens=examples.path_tokens,
-        longest=examples.longest,
-        answers=examples.answers,
-        bundles=train.bundles if train.bundles is not None else [[i] for i in range(len(examples))],
-        batch_size=batch_size,
-    )
+    choice = choose(train, wish, batch_size, noisy=noisy)
     log.info(choice.reason())
     layout = choice.layout
     first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
