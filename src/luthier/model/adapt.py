@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
-from luthier.model.load import ModelConfig, hub, local_folder, no_source
+from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch
 from luthier.model.modules import as_names, embeddings, tied
 
 if TYPE_CHECKING:
@@ -66,16 +66,14 @@ def adapt(
     trainable: False merges every adapter and freezes the model (inference); True returns it in training mode.
     seed: of an adapter's first weights. upcast: trained 16-bit weights become float32 (`pure_bf16` says no).
     """
+    if not trainable:
+        refuse_scratch(model_config)
     method = find("adapters", config.finetuning_type)
     folders = adapter_folders(config, model_config)
-    if folders and not method.IS_ADAPTER:
-        raise ConfigError(
-            f"adapter_name_or_path does not go with finetuning_type: {config.finetuning_type}, which trains the "
-            "model's own weights. Merge the adapter first (luthier export), or use finetuning_type: lora."
-        )
     goes_on = bool(folders) and trainable and not config.create_new_adapter
     for folder in folders[: len(folders) - goes_on]:
-        model = merge(attach(model, folder))
+        shared = tied(model)
+        model = merge(attach(model, folder), tie=shared)
         log.info("Merged the adapter %s into the model.", folder)
     if not trainable:
         return model.requires_grad_(False).eval()
@@ -89,17 +87,27 @@ def adapt(
 
 def adapter_folders(config: AdapterConfig, model_config: ModelConfig) -> list[Path]:
     """Where the adapters of `adapter_name_or_path` lie, fetched from the hub if need be, each checked to be one."""
-    return [_adapter_folder(name, config, model_config) for name in as_names(config.adapter_name_or_path)]
+    names = as_names(config.adapter_name_or_path)
+    if names and not find("adapters", config.finetuning_type).IS_ADAPTER:
+        raise ConfigError(
+            f"adapter_name_or_path does not go with finetuning_type: {config.finetuning_type}, which trains the "
+            "model's own weights. Merge the adapter first (luthier export), or use finetuning_type: lora."
+        )
+    return [_adapter_folder(name, config, model_config) for name in names]
 
 
 def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
     """The model with the adapter of `folder` on it. Raises ModelError unless every weight found its place."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from safetensors import SafetensorError
 
     try:
         _check_shapes(model, folder)
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        settings = PeftConfig.from_pretrained(str(folder))
+        if isinstance(settings, LoraConfig) and settings.ensure_weight_tying and tied(model):
+            # peft saves only one of the tied names, and ties again only if that is one of the two it knows
+            settings.modules_to_save = [*settings.modules_to_save, *embeddings(model)]
+        adapted = PeftModel.from_pretrained(model, str(folder), config=settings, is_trainable=trainable)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
@@ -113,27 +121,25 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
     return adapted
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter added into its weights. Raises ModelError for weights that are not finite."""
+def merge(model: PeftModel, *, tie: bool) -> PreTrainedModel:
+    """The base model with the adapter added into its weights. Raises ModelError for weights that are not finite.
+
+    tie: whether embedding and head were one before the adapter came; peft hands them back as two.
+    """
+    import torch
+
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"The adapter cannot be merged: {error}") from error
-    _settle_tie(merged)
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tie and not tied(merged):
+        # An adapter may have trained them apart. Then saying so keeps the head from being lost at the next loading.
+        tie = torch.equal(head.weight, embedding.weight)
+        if tie:
+            head.weight = embedding.weight
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = tie
     return merged
-
-
-def _settle_tie(model: PreTrainedModel) -> None:
-    """Make the weights agree with `tie_word_embeddings` again: peft hands back two copies of embedding and head."""
-    import torch
-
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or tied(model) or not model.config.get_text_config().tie_word_embeddings:
-        return
-    if torch.equal(head.weight, embedding.weight):
-        head.weight = embedding.weight
-    else:  # an adapter that trained them apart; saying so keeps the head from being lost at the next loading
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def count_parameters(model: nn.Module) -> Parameters:
@@ -231,12 +237,10 @@ def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, listing: bool) -
         # Updates of 1e-5 vanish in 16 bits: what is trained is held in 32.
         if upcast and parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
-    count = count_parameters(model)
-    if count.trainable == 0:
+    if count_parameters(model).trainable == 0:
         raise ConfigError("Nothing would be trained: every weight of the model is frozen.")
     if listing:
         for name, parameter in model.named_parameters():
             state = "trained" if parameter.requires_grad else "frozen"
             log.info("%s  %s  %s  %s  %s", name, tuple(parameter.shape), parameter.dtype, parameter.device, state)
-    log.info("%s.", count)
     return model.train()

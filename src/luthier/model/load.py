@@ -99,7 +99,7 @@ def load_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if config.train_from_scratch:
-            model = _scratch(config, settings, wanted, implementation, inference=dtype is None)
+            model = _scratch(config, settings, wanted, implementation)
         else:
             model = _pretrained(config, settings, wanted, implementation)
     _mend_generation(model)
@@ -108,6 +108,15 @@ def load_model(
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def refuse_scratch(config: ModelConfig) -> None:
+    """Raise ConfigError where random weights would be used as if they were a model: everywhere but in training."""
+    if config.train_from_scratch:
+        raise ConfigError(
+            "train_from_scratch: true makes random weights, which only training can use. To use what was trained, "
+            "set model_name_or_path to its folder and leave train_from_scratch out."
+        )
 
 
 def hub(config: ModelConfig) -> dict[str, Any]:
@@ -231,16 +240,11 @@ def _some(names: list[str]) -> str:
 
 
 def _scratch(
-    config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None, *, inference: bool
+    config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None
 ) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if inference:
-        raise ConfigError(
-            "train_from_scratch: true makes random weights, which only training can use. To use what was trained, "
-            "set model_name_or_path to its folder and leave train_from_scratch out."
-        )
     return AutoModelForCausalLM.from_config(
         settings, dtype=dtype or torch.float32, attn_implementation=attn, trust_remote_code=config.trust_remote_code
     )

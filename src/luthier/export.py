@@ -1,0 +1,251 @@
+"""`luthier export CONFIG`: the base model with its adapters merged in, as a folder any program can load.
+
+The merged model is saved aside, loaded again and held against the model with the adapter attached; only if the two
+agree does the folder get its name. An export that changed nothing is refused too: both are ways in which a trained
+model has been lost without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.core.errors import ConfigError, ModelError
+from luthier.core.log import get_logger
+from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
+from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch
+from luthier.model.modules import tied
+from luthier.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = get_logger("export")
+
+PROBES = (4, 24)
+"""Token sequences, and tokens in each, on which models are compared."""
+EXACT = 1e-4
+"""Largest difference of float32 logits, as a share of the largest logit, that sums in another order explain."""
+ROUNDED = 8
+"""The same for 16-bit weights, in units of the format's own precision: weights are rounded, then layers add up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Where the merged model goes."""
+
+    export_dir: str | None = None
+    """Folder to write; it must not exist yet or be empty."""
+    export_size: int = 5
+    """Largest size of one weights file, in GB."""
+    export_device: Literal["cpu", "auto"] = "cpu"
+    """Where merging is computed; auto: on the accelerator, if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.export_size < 1:
+            raise ConfigError(f"export_size: {self.export_size} must be 1 (GB) or more.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did, and how it was checked."""
+
+    folder: Path
+    dtype: str
+    changed: int
+    """Weights that differ from the base model's."""
+    difference: float
+    """Largest difference between logits of the saved model and of the model with the adapter attached."""
+    largest: float
+    """The largest of those logits, to compare with."""
+
+    def __str__(self) -> str:
+        return (
+            f"Saved {self.folder} ({self.dtype}). {self.changed} weights differ from the base model's; the saved model "
+            f"and the adapter agree: logits up to {self.largest:.3g} differ by {self.difference:.2g} at most."
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """`luthier export CONFIG [key=value ...]`."""
+    from luthier.run import resolve
+
+    if not argv:
+        raise ConfigError("Usage: luthier export CONFIG [key=value ...]")
+    run = resolve(argv[0], argv[1:], verb="export")
+    log.info("%s", export(run.model, run.adapter, run.export))
+    return 0
+
+
+def export(model_config: ModelConfig, adapter_config: AdapterConfig, config: ExportConfig) -> Exported:
+    """Merge, save, load again, compare; raises ModelError and leaves nothing behind if the models differ."""
+    import torch
+
+    target = _target(config)
+    refuse_scratch(model_config)
+    folders = adapter_folders(adapter_config, model_config)
+    dtype = _dtype(model_config)
+    device = _device(config)
+    tokenizer = load_tokenizer(model_config)
+    exact = replace(model_config, torch_dtype="auto")  # merging in 16 bits would round the small changes away
+    model = load_model(exact, tokenizer=tokenizer, dtype=torch.float32, device=device)
+    probes = _probes(len(tokenizer))
+    logits = _logits(model, probes)
+    base, changed = _digests(model, dtype), 0
+    for folder in folders:
+        model, logits = _merge(model, folder, probes)
+        now = _digests(model, dtype)
+        changed = sum(now[name] != digest for name, digest in base.items())
+        if not changed:
+            raise ModelError(_unchanged(folder, dtype))
+    model.to(dtype)
+    tokenizer.padding_side = "left"  # what programs that generate in batches expect
+    with _aside(target) as folder:
+        _save(model, tokenizer, folder, config)
+        saved = _digests(model, dtype)
+        del model
+        difference = _check(folder, model_config, saved, probes, logits, device)
+    return Exported(target, str(dtype).removeprefix("torch."), changed, difference, float(logits.abs().max()))
+
+
+def _target(config: ExportConfig) -> Path:
+    if not config.export_dir:
+        raise ConfigError("export_dir is missing: the folder to write the merged model to.")
+    target = Path(config.export_dir).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"export_dir: {target} is a file. Name a folder.")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"export_dir: {target} is not empty. Remove it or choose another folder.")
+    return target
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    """What the weights are saved in: as the user said, else as the base model is."""
+    import torch
+
+    own = read_settings(config).dtype or torch.float32
+    names = (config.infer_dtype, config.torch_dtype, str(own).removeprefix("torch."))
+    return getattr(torch, next(name for name in names if name != "auto"))
+
+
+def _device(config: ExportConfig) -> torch.device:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if config.export_device == "auto" else None
+    return accelerator or torch.device("cpu")
+
+
+def _probes(vocabulary: int) -> torch.Tensor:
+    import torch
+
+    return torch.randint(vocabulary, PROBES, generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: nn.Module, probes: torch.Tensor) -> torch.Tensor:
+    """float32 [4, 24, vocabulary], on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=probes.to(model.device), use_cache=False).logits.float().cpu()
+
+
+def _digests(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
+    """A fingerprint of every weight in the format it is saved in, so that no second copy of the model is needed."""
+    import torch
+
+    return {
+        name: hashlib.blake2b(
+            parameter.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        ).digest()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _merge(model: PreTrainedModel, folder: Path, probes: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The merged model and the logits of the model with the adapter attached, found equal."""
+    shared = tied(model)
+    adapted = attach(model, folder).eval()
+    wanted = _logits(adapted, probes)
+    merged = merge(adapted, tie=shared)
+    difference, largest = _compare(_logits(merged, probes), wanted)
+    if not difference <= EXACT * max(1.0, largest):
+        raise ModelError(
+            f"Merging {folder} changes what the model says: logits up to {largest:.3g} differ by {difference:.2g} "
+            "between the merged model and the model with the adapter attached. Nothing was saved."
+        )
+    return merged, wanted
+
+
+def _compare(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    return float((found - wanted).abs().max()), float(wanted.abs().max())
+
+
+def _unchanged(folder: Path, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    hint = "" if name == "float32" else f", or its changes vanish in {name}; then export with infer_dtype: float32"
+    return (
+        f"Merging {folder} changes no weight of the model: the merged model would be the base model. The adapter was "
+        f"never trained{hint}. Nothing was saved."
+    )
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when all went well and is gone when not."""
+    from safetensors import SafetensorError
+
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"export_dir: {target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path, config: ExportConfig) -> None:
+    model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
+    tokenizer.save_pretrained(folder)
+    # safetensors files are born readable by their owner alone; give them the rights the other files have.
+    rights = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(rights)
+
+
+def _check(
+    folder: Path,
+    model_config: ModelConfig,
+    saved: dict[str, bytes],
+    probes: torch.Tensor,
+    wanted: torch.Tensor,
+    device: torch.device,
+) -> float:
+    """Load what was saved: the same weights bit for bit, and logits as near as its number format allows."""
+    import torch
+
+    again = ModelConfig(model_name_or_path=str(folder), trust_remote_code=model_config.trust_remote_code)
+    model = load_model(again, tokenizer=load_tokenizer(again), device=device)
+    dtype = model.dtype
+    found = _digests(model, dtype)
+    if wrong := [name for name in {**saved, **found} if saved.get(name) != found.get(name)]:
+        raise ModelError(f"The saved weights {', '.join(wrong[:5])} are not those of the merged model.")
+    difference, largest = _compare(_logits(model.float(), probes), wanted)
+    allowed = (EXACT if dtype == torch.float32 else ROUNDED * torch.finfo(dtype).eps) * max(1.0, largest)
+    if not difference <= allowed:
+        raise ModelError(
+            f"The saved model does not say what the adapter says: logits up to {largest:.3g} differ by "
+            f"{difference:.2g}, more than {allowed:.2g}. Nothing was saved; try infer_dtype: float32."
+        )
+    return difference
