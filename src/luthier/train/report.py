@@ -91,7 +91,7 @@ def write_card(
     output_dir: str | Path, run: Run, metrics: Mapping[str, float], *, finished: datetime, command: str
 ) -> Path:
     """README.md beside the weights: where the model comes from, how it was trained, how it did."""
-    base = str(run.keys["model_name_or_path"])
+    base = run.model.model_name_or_path
     folder = Path(output_dir)
     card = _CARD.format(
         front=_front(run, base),
@@ -99,7 +99,7 @@ def write_card(
         base=_name(base),
         stage=run.stage,
         method=run.adapter.finetuning_type,
-        data=", ".join(f"`{name}`" for name in _datasets(run.keys.get("dataset"))) or "data the configuration names",
+        data=", ".join(f"`{name}`" for name in _datasets(run.data.dataset)) or "data the configuration names",
         command=command,
         results=_table(("Measure", "Value"), {name: _number(value) for name, value in metrics.items()}),
         keys=_table(("Key", "Value"), _shown(run.keys)),

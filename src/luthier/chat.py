@@ -1,0 +1,143 @@
+"""A conversation in the terminal.
+
+luthier chat CONFIG [key=value ...]
+
+Piped text works too: each line is a message, answers go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from luthier.core.errors import DataError, LuthierError
+from luthier.core.types import Message
+
+if TYPE_CHECKING:
+    from luthier.engines.sampling import GenerateConfig
+    from luthier.serving import Speaker
+
+HELP = """\
+/clear        forget the conversation
+/system TEXT  set the system prompt and begin anew; without TEXT, the template's own
+/help         these lines
+/exit         leave (as do Ctrl-D, and Ctrl-C while nothing is being said)"""
+
+
+class Chat:
+    """What was said so far. A new question is answered with all of it in mind."""
+
+    def __init__(self, speaker: Speaker, sampling: GenerateConfig, out: TextIO):
+        self._speaker = speaker
+        self._sampling = sampling
+        self._out = out
+        self.system = ""
+        self.messages: list[Message] = []
+        self._turns = 0
+
+    def ask(self, text: str) -> str:
+        """Stream the answer to `out` and remember it. Ctrl-C ends the answer; what was said until then stays.
+
+        Raises LuthierError, with the conversation as it was before, where the model cannot take it.
+        """
+        asked = [*self.messages, Message("user", text)]
+        ids = self._speaker.renderer.prompt(asked, system=self.system)
+        seed, self._turns = self._speaker.seed + self._turns, self._turns + 1
+        answer = ""
+        pieces = self._speaker.engine.stream(ids, self._sampling, self._speaker.renderer.stop_ids, seed=seed)
+        try:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", file=self._out, flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+        print(file=self._out, flush=True)
+        self.messages = [*asked, Message("assistant", answer)]
+        return answer
+
+    def command(self, line: str) -> str | None:
+        """Do what a line that begins with / says; returns what to tell the user, None to leave."""
+        name, _, rest = line[1:].partition(" ")
+        commands: dict[str, Callable[[str], str | None]] = {
+            "clear": self._forget,
+            "system": self._set_system,
+            "help": lambda _: HELP,
+            "exit": lambda _: None,
+        }
+        if name not in commands:
+            return f"There is no command /{name}.\n{HELP}"
+        return commands[name](rest.strip())
+
+    def _forget(self, _: str) -> str:
+        self.messages = []
+        return "The conversation is forgotten."
+
+    def _set_system(self, text: str) -> str:
+        self.system, self.messages = text, []
+        return f"System prompt: {text}" if text else "System prompt: the template's own."
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="luthier chat", description="Talk with a model.", epilog=HELP,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("config", help="YAML or JSON file: model, adapter, template, how to generate")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that win over the file's")
+    given = parser.parse_intermixed_args(argv)
+
+    from luthier.run import resolve
+    from luthier.serving import load_engine
+
+    run = resolve(given.config, given.overrides, verb="chat")
+    talk(Chat(load_engine(run), run.generate, sys.stdout), sys.stdin)
+    return 0
+
+
+def talk(chat: Chat, source: TextIO) -> None:
+    """Read lines until /exit or the end, and answer each."""
+    live = source.isatty()
+    if live:
+        _say(f"Write a message, or a command:\n{HELP}")
+    while (line := _read(source, live)) is not None:
+        if not line.strip():
+            continue
+        if line.startswith("/"):
+            reply = chat.command(line.strip())
+            if reply is None:
+                return
+            _say(reply)
+            continue
+        try:
+            if live:
+                print("Assistant: ", end="", flush=True)
+            chat.ask(line)
+        except LuthierError as error:
+            _refuse(error, live)
+
+
+def _read(source: TextIO, live: bool) -> str | None:
+    """The next line, None at the end."""
+    if not live:
+        line = source.readline()
+        return line.rstrip("\r\n") if line else None
+    try:
+        import readline  # noqa: F401  gives `input` a history and the arrow keys
+
+        return input("User: ")
+    except (EOFError, KeyboardInterrupt):
+        _say("")
+        return None
+
+
+def _refuse(error: LuthierError, live: bool) -> None:
+    """A conversation that grew too long is no reason to leave; a script, though, must not miss an answer."""
+    if not live:
+        raise error
+    hint = " /clear begins anew." if isinstance(error, DataError) else ""
+    _say(f"{error}{hint}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
