@@ -56,13 +56,13 @@ class Engine:
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         rooms = [self._room(prompt, sampling) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: list[list[int]] = [[] for _ in prompts]
         with self._speaking():
-            for start in range(0, len(order), sampling.infer_batch_size):
-                rows = order[start : start + sampling.infer_batch_size]
-                new = self._batch([prompts[i] for i in rows], sampling, stop_ids, max(rooms[i] for i in rows),
-                                  [seeds[i] for i in rows])  # fmt: skip
+            for rows in self._batches([len(prompt) for prompt in prompts], rooms, sampling.infer_batch_size):
+                new_tokens = max(rooms[i] for i in rows)
+                new = self._batch(
+                    [prompts[i] for i in rows], sampling, stop_ids, new_tokens, seeds=[seeds[i] for i in rows]
+                )
                 for i, ids in zip(rows, new):
                     answers[i] = _until_stop(ids[: rooms[i]], stop_ids)
         return answers
@@ -89,6 +89,18 @@ class Engine:
         """Generated ids as text, spaces left as they are."""
         return _decode(self.tokenizer, ids, sampling.skip_special_tokens)
 
+    def _batches(self, lengths: Sequence[int], rooms: Sequence[int], size: int) -> Iterator[list[int]]:
+        """Prompts of like length, the longest first, and never one that would run past the context with the others."""
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+            over = bool(batch) and self.context is not None and lengths[batch[0]] + rooms[i] > self.context
+            if over or len(batch) == size:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
     def _room(self, prompt: Sequence[int], sampling: GenerateConfig) -> int:
         room = sampling.room(len(prompt), self.context)
         if not len(prompt):
@@ -107,6 +119,7 @@ class Engine:
         sampling: GenerateConfig,
         stop_ids: Sequence[int],
         new_tokens: int,
+        *,
         seeds: Sequence[int],
     ) -> list[list[int]]:
         ids, mask = _pad_left(prompts, self._base.device)
