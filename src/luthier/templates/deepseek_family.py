@@ -20,7 +20,7 @@ TEMPLATES = {
         user="### Instruction:\n{{content}}\n### Response:",
         assistant="\n{{content}}\n<|EOT|>\n",
         prefix=(BOS,),
-        markers=("<|EOT|>",),
+        stop_words=("<|EOT|>",),
         default_system=(
             "You are an AI programming assistant, utilizing the DeepSeek Coder model, "
             "developed by DeepSeek Company, and you only answer questions related to computer science. "

@@ -27,7 +27,8 @@ TEMPLATES = {
         ),
         assistant="{{content}}<|end_of_text|>\n",
         system="<|start_of_role|>system<|end_of_role|>{{content}}<|end_of_text|>\n",
-        markers=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        stop_words=("<|end_of_text|>",),
+        markers=("<|start_of_role|>", "<|end_of_role|>"),
     ),
     "cohere": Template(
         user=(

@@ -1,0 +1,31 @@
+"""A tokenizer that knows the special tokens of every template, fresh for each test: binding a template changes it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from tests.conftest import build_tokenizer
+
+SPECIALS = (
+    "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|end_of_text|> <|header_start|> <|header_end|> "
+    "<|eot|> <|eom|> <start_of_turn> <end_of_turn> <eos> [gMASK] <sop> sop <|user|> <|assistant|> <|system|> <|observation|> "
+    "<｜User｜> <｜Assistant｜> <|EOT|> <|end|> <|im_sep|> <|start_of_role|> <|end_of_role|> <|START_OF_TURN_TOKEN|> "
+    "<|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|im_user|> <|im_assistant|> "
+    "<|im_system|> <|im_middle|> <think> </think>"
+).split()
+
+
+@pytest.fixture(scope="session")
+def _knows_all():
+    tokenizer = build_tokenizer(500, extra_specials=tuple(SPECIALS))
+    tokenizer.eos_token = "</s>"
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture
+def tok(_knows_all):
+    """bos <s>, eos </s>, no chat template."""
+    return copy.deepcopy(_knows_all)

@@ -1,0 +1,146 @@
+"""Every template of the catalogue, against texts written by hand and against what must hold of all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from luthier.core.registry import every
+from luthier.core.types import Message
+from luthier.data.template import TemplateConfig, find_template, make_renderer
+from tests.templates.golden import EFFICIENT, GOLDEN, PLAIN, TERMINATORS
+
+NAMES = sorted(name for module in every("templates") for name in module.TEMPLATES)
+TERMINATOR = {name: token for token, names in TERMINATORS.items() for name in names}
+TALK = (Message("user", "U1"), Message("assistant", "A1"), Message("user", "U2"), Message("assistant", "A2"))
+
+
+def bind(name, tokenizer, **keys):
+    return make_renderer(TemplateConfig(template=name, **keys), tokenizer)
+
+
+def shown(tokenizer, pairs):
+    return "".join(f"{tokenizer.decode(source)}[[{tokenizer.decode(response)}]]" for source, response in pairs)
+
+
+def test_the_table_of_expectations_is_complete():
+    assert set(GOLDEN) == set(NAMES)
+    assert set(TERMINATOR) | EFFICIENT | {"empty"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_renders_as_written_by_hand(name, tok):
+    assert shown(tok, bind(name, tok).pairs(TALK, system="S")) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_without_a_system_prompt(name, tok):
+    text = tok.decode(bind(name, tok).pairs(TALK)[0][0])
+    assert text.startswith(PLAIN[name] + "U1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_turn_ends_with_its_terminator_which_also_stops_generation(name, tok):
+    renderer = bind(name, tok)
+    for _, response in renderer.pairs(TALK):
+        ids = list(response)
+        while ids and not tok.decode(ids[-1:]).strip():
+            ids.pop()
+        if name in TERMINATOR:
+            assert tok.decode(ids[-1:]) == TERMINATOR[name]
+            assert response.count(ids[-1]) == 1
+            assert ids[-1] in renderer.stop_ids
+        else:
+            assert tok.decode(ids)[-2:] in ("A1", "A2")
+    assert renderer.efficient_eos == (name in EFFICIENT)
+    assert tok.eos_token_id in renderer.stop_ids
+    assert tok.pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bos_stands_where_the_text_has_it_and_nowhere_else(name, tok):
+    ids = [token for pair in bind(name, tok).pairs(TALK, system="S") for part in pair for token in part]
+    assert ids.count(tok.bos_token_id) == GOLDEN[name].count("<s>")
+    assert GOLDEN[name].count("<s>") in ({2, 5} if name in ("llama2", "llama2_zh", "seed_coder") else {0, 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_are_what_training_saw_before_each_response(name, tok):
+    renderer = bind(name, tok, enable_thinking=True)
+    pairs = renderer.pairs(TALK, system="S")
+    assert renderer.prompt(TALK[:1], system="S") == pairs[0][0]
+    source, response = renderer.oneturn(TALK[:2], system="S")
+    assert (source, response) == pairs[0]
+    if not find_template(name).reasoning:
+        assert renderer.prompt(TALK[:3], system="S") == pairs[0][0] + pairs[0][1] + pairs[1][0]
+        assert renderer.oneturn(TALK, system="S") == (pairs[0][0] + pairs[0][1] + pairs[1][0], pairs[1][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_survives_pickling_and_warming_without_a_change_of_ids(name, tok):
+    from luthier.core.types import Answer, Example
+
+    renderer = bind(name, tok)
+    expected = renderer.pairs(TALK, system="S")
+    renderer.warm(renderer.texts(Example(TALK[:3], (Answer(TALK[3:]),), system="S")))
+    assert renderer.pairs(TALK, system="S") == expected
+    other = pickle.loads(pickle.dumps(renderer))
+    assert other.pairs(TALK, system="S") == expected
+    assert other.fingerprint() == renderer.fingerprint()
+
+
+def test_warmed_texts_are_all_that_pairs_asks_for(tok, monkeypatch):
+    from luthier.core.types import Answer, Example
+
+    renderer = bind("qwen", tok)
+    expected = renderer.pairs(TALK, system="S")
+    renderer.warm(renderer.texts(Example(TALK[:3], (Answer(TALK[3:]),), system="S")))
+    monkeypatch.setattr(type(tok), "__call__", lambda *_, **__: pytest.fail("tokenised one by one"))
+    assert renderer.pairs(TALK, system="S") == expected
+
+
+WILD = st.text(
+    st.one_of(st.sampled_from(" \n\t{}|<>\u00a0\u3000é你"), st.characters(exclude_categories=["Cs"])), max_size=40
+)
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(first=WILD, second=WILD, question=WILD)
+def test_supervised_text_is_the_response_and_its_end_to_the_letter(name, tok, first, second, question):
+    talk = (Message("user", question), Message("assistant", first), TALK[2], Message("assistant", second))
+    renderer = bind(name, tok)
+    expected = re.findall(r"\[\[(.*?)\]\]", GOLDEN[name], re.DOTALL)
+    for (_, response), form, text in zip(renderer.pairs(talk), expected, (first, second)):
+        assert tok.decode(response) == form.replace("A1", text).replace("A2", text)
+    whole = "".join(tok.decode(source) + tok.decode(response) for source, response in renderer.pairs(talk))
+    assert question in whole
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatglm3", "llama2", "mistral"])
+def test_text_that_looks_like_a_slot_is_text(name, tok):
+    talk = (Message("user", "{{idx}} {{content}}"), Message("assistant", "{{content}}{{idx}}"))
+    [(source, response)] = bind(name, tok).pairs(talk, system="{{content}}")
+    assert "{{idx}} {{content}}" in tok.decode(source)
+    assert tok.decode(source).count("{{content}}") == 2
+    assert "{{content}}{{idx}}" in tok.decode(response)
+
+
+def test_templates_cannot_be_changed():
+    template = find_template("qwen")
+    with pytest.raises(AttributeError):
+        template.default_system = "mine"
+    assert hash(template) == hash(copy.deepcopy(template))
+
+
+def test_options_of_one_run_do_not_reach_the_next(tok):
+    other = copy.deepcopy(tok)
+    bind("qwen", tok, default_system="mine", tool_format="llama3", enable_thinking=False)
+    assert shown(other, bind("qwen", other).pairs(TALK)) == GOLDEN["qwen"].replace(
+        "S<", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<"
+    )
