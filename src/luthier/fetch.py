@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from luthier.core.errors import LuthierError, ModelError
+from luthier.core.errors import ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import miss
 
@@ -359,7 +359,7 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line of `luthier fetch-model`: 0, or 2 with one message for what a user can mend."""
+    """`luthier fetch-model NAME DIR`; raises ModelError for what the user can mend."""
     parser = argparse.ArgumentParser(
         prog="luthier fetch-model",
         description="Download a known model and lay it out as a folder that model_name_or_path can name.",
@@ -370,16 +370,5 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="DIR", help="where to put it; made if it is not there")
     parser.add_argument("--verify", action="store_true", help="compute the sha256 of every file again")
     args = parser.parse_args(argv)
-    try:
-        fetch(args.name, args.folder, verify=args.verify)
-    except LuthierError as error:
-        print(f"fetch-model: {error}", file=sys.stderr)
-        return 2
+    fetch(args.name, args.folder, verify=args.verify)
     return 0
-
-
-if __name__ == "__main__":
-    from luthier.core.log import set_up
-
-    set_up()
-    sys.exit(main(sys.argv[1:]))
