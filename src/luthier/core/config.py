@@ -19,7 +19,7 @@ from typing import Any
 
 from luthier.core.compat import Refused, Renamed
 from luthier.core.errors import ConfigError
-from luthier.core.kinds import coerce, describe
+from luthier.core.kinds import coerce, describe, nearest
 from luthier.core.source import Given, Source, dump, read
 
 __all__ = ["Given", "Key", "Owner", "Problem", "Settled", "Source", "dump", "field_docs", "keys_of", "read", "settle"]
@@ -215,7 +215,9 @@ class _Gate:
         try:
             value = coerce(key.hint, value, self.given.spelling.get(written))
         except ValueError:
-            return self.complain(written, f"expected {describe(key.hint)}, got {value!r}")
+            near = nearest(key.hint, value)
+            hint = f"; did you mean {near!r}?" if near else ""
+            return self.complain(written, f"expected {describe(key.hint)}, got {value!r}{hint}")
         if key.rule is not None and not key.rule.takes(value):
             return self.complain(written, f"{key.rule.why} (got {value!r})")
         self.accepted[owner.name][key.name] = value
@@ -249,10 +251,10 @@ class _Gate:
         """A section's own complaint, put at the first key it names."""
         words = text.replace(":", " ").replace("`", " ").replace(",", " ").split()
         key = next((word for word in words if word in owner.keys), owner.name)
-        return Problem(key, self.place(key) if key in self.given.places else self.given.source.name, text.removeprefix(f"{key}: "))
+        return Problem(key, self.place(key), text.removeprefix(f"{key}: "))
 
     def complain(self, key: str, text: str) -> None:
-        self.problems.append(Problem(key, self.place(key), text + "."))
+        self.problems.append(Problem(key, self.place(key), text if text.endswith("?") else f"{text}."))
 
     def place(self, key: str) -> str:
         return self.given.places.get(key, self.given.source.name)

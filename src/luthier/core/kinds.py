@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import types
 import typing
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union
 
 SEQUENCES = (list, tuple, set, frozenset)
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping", Any: "anything"}
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    Any: "anything",
+}
 PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a mapping": "mappings"}
 
 
@@ -51,6 +59,18 @@ def describe(hint: Any) -> str:
         words = describe(inner[0])
         return f"a list of {PLURALS.get(words, words)}"
     return WORDS.get(origin or hint, str(hint))
+
+
+def nearest(hint: Any, value: Any) -> str | None:
+    """The allowed word that is most like `value`, where only some words are allowed."""
+    words = [word for part in _members(hint) if typing.get_origin(part) is Literal for word in typing.get_args(part)]
+    near = get_close_matches(str(value), [word for word in words if isinstance(word, str)], n=1)
+    return near[0] if near else None
+
+
+def json_type(hint: Any) -> dict[str, Any]:
+    """JSON schema of a type."""
+    return {} if hint is Any else _adapter(hint).json_schema()
 
 
 @cache

@@ -1,0 +1,250 @@
+"""The command line: `luthier VERB ...`. A verb's module is imported only when it is called.
+
+This file imports nothing heavy: `luthier --help` and `luthier version` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from luthier import __version__
+from luthier.core.errors import ConfigError, LuthierError
+
+KEYS = "CONFIG is a YAML or JSON file; key=value or --key value win over it. `luthier train --help` lists all keys."
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: where it lives, what it is for, and the flags that are not keys of a run."""
+
+    module: str
+    purpose: str
+    usage: str
+    example: str
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Name without dashes: what it does. A help text that begins with `NAME: ` takes a value of that name."""
+    takes_keys: bool = True
+    """Whether a configuration is among its arguments."""
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "luthier.fit",
+        "train a model, all stages",
+        "luthier train CONFIG [key=value ...]",
+        "luthier train examples/sft.yaml learning_rate=1e-4 output_dir=saves/first",
+    ),
+    "preview": Verb(
+        "luthier.preview",
+        "show what the model will see: tokens, and which of them are trained",
+        "luthier preview CONFIG [key=value ...] [--rows N] [--format text|jsonl]",
+        "luthier preview examples/sft.yaml --rows 3",
+        {"rows": "N: how many examples to show", "format": "FORMAT: text (coloured) or jsonl (one object per example)"},
+    ),
+    "check": Verb(
+        "luthier.check",
+        "check configuration and data without loading weights",
+        "luthier check CONFIG [key=value ...]",
+        "luthier check examples/sft.yaml",
+    ),
+    "chat": Verb(
+        "luthier.chat",
+        "talk to a model in the terminal",
+        "luthier chat CONFIG [key=value ...]",
+        "luthier chat examples/sft.yaml adapter_name_or_path=saves/first",
+    ),
+    "infer": Verb(
+        "luthier.infer",
+        "write a model's answers to a file of prompts",
+        "luthier infer CONFIG --input FILE --output FILE [key=value ...]",
+        "luthier infer examples/sft.yaml --input prompts.jsonl --output answers.jsonl",
+        {"input": "FILE: the prompts", "output": "FILE: where the answers go; a second call goes on from its end"},
+    ),
+    "export": Verb(
+        "luthier.export",
+        "merge an adapter into its model and save the whole",
+        "luthier export CONFIG [key=value ...]",
+        "luthier export examples/sft.yaml adapter_name_or_path=saves/first export_dir=saves/merged",
+    ),
+    "fetch-model": Verb(
+        "luthier.fetch",
+        "download a small model for demonstrations",
+        "luthier fetch-model NAME DIR",
+        "luthier fetch-model smollm2-135m models/smollm2",
+        takes_keys=False,
+    ),
+    "schema": Verb(
+        "luthier.schema",
+        "print all keys, as JSON schema or as Markdown",
+        "luthier schema [--markdown | --compatibility]",
+        "luthier schema > luthier.schema.json",
+        {"markdown": "print docs/keys.md, every key by owner", "compatibility": "print docs/compatibility.md"},
+        takes_keys=False,
+    ),
+    "env": Verb(
+        "luthier.environment",
+        "say which versions and devices are there",
+        "luthier env",
+        "luthier env",
+        takes_keys=False,
+    ),
+}
+
+
+class Command(NamedTuple):
+    """What a verb was asked to do."""
+
+    config: str | dict[str, Any]
+    """Path of the configuration, or an empty dict when all keys are on the command line."""
+    overrides: list[str]
+    """`key=value` texts."""
+    flags: dict[str, Any]
+    """The verb's own flags that were given."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for what a user can mend, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    try:
+        return _dispatch(argv)
+    except LuthierError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parse_command(argv: Sequence[str], verb: str) -> Command:
+    """Sort a verb's arguments into its configuration, overrides and own flags.
+
+    Accepts `CONFIG key=value`, `--key value`, `--key=value`, `--key v1 v2` (a list) and the store-true form
+    `--key`. Raises ConfigError for arguments that are none of these.
+    """
+    known = VERBS[verb].flags
+    unexpected = (
+        [] if VERBS[verb].takes_keys else [word for word in argv if word.lstrip("-").partition("=")[0] not in known]
+    )
+    if unexpected:
+        raise ConfigError(f"luthier {verb} does not know {unexpected[0]!r}. Usage: {VERBS[verb].usage}")
+    config: str | None = None
+    overrides: list[str] = []
+    flags: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            values = [value] if equals else _values(words, several=name not in known)
+            if name in known:
+                flags[name] = _flag(name, known[name], values)
+            else:
+                overrides.append(f"{name.replace('-', '_')}={_one(values)}")
+        elif re.match(r"[A-Za-z_][\w.]*=", word):
+            overrides.append(word)
+        elif config is None:
+            config = word
+        else:
+            raise ConfigError(
+                f"{word!r} is one argument too many: the configuration is {config}. Write keys as key=value. "
+                f"Usage: {VERBS[verb].usage}"
+            )
+    return Command({} if config is None else config, overrides, flags)
+
+
+def _values(words: list[str], *, several: bool) -> list[str]:
+    """The words after `--key` that are its values; they are taken off the list."""
+    values: list[str] = []
+    while words and not words[0].startswith("--") and (several or not values):
+        if values and re.match(r"[A-Za-z_][\w.]*=", words[0]):
+            break
+        values.append(words.pop(0))
+    return values
+
+
+def _one(values: list[str]) -> str:
+    if not values:
+        return "true"
+    return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+
+
+def _flag(name: str, doc: str, values: list[str]) -> Any:
+    takes = re.match(r"[A-Z]+: ", doc)
+    if takes and not values:
+        raise ConfigError(f"--{name} wants a value: --{name} {takes[0][:-2]}.")
+    return values[0] if takes else True
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(verb_help(argv[1]) if len(argv) > 1 and argv[1] in VERBS else overview())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name in ("version", "--version", "-V"):
+        print(f"luthier {__version__}")
+        return 0
+    if name not in VERBS:
+        near = get_close_matches(name, [*VERBS, "version", "help"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no command {name!r}.{hint} There are: {', '.join([*VERBS, 'version', 'help'])}.")
+    if any(word in ("-h", "--help") for word in rest):
+        print(verb_help(name))
+        return 0
+    return _call(VERBS[name], rest)
+
+
+def _call(verb: Verb, argv: list[str]) -> int:
+    # Rust's tokenizer threads and forked data workers do not go together; transformers would warn at every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from luthier.core.log import set_up
+
+    set_up()
+    run: Callable[[list[str]], int] = importlib.import_module(verb.module).main
+    return run(argv)
+
+
+def overview() -> str:
+    """The page of `luthier --help`."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {name:<{width}}{verb.purpose}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "Fine-tune language models from one YAML file.",
+            "",
+            "usage: luthier COMMAND ...",
+            "",
+            *lines,
+            f"  {'version':<{width}}print the version",
+            "",
+            "`luthier COMMAND --help` says more. --debug shows a traceback with an error.",
+        ]
+    )
+
+
+def verb_help(name: str) -> str:
+    """The page of `luthier VERB --help`."""
+    verb = VERBS[name]
+    lines = [f"{verb.purpose[0].upper()}{verb.purpose[1:]}.", "", f"usage:   {verb.usage}", f"example: {verb.example}"]
+    if verb.flags:
+        lines += ["", *(f"  --{flag:<15} {doc}" for flag, doc in verb.flags.items())]
+    if verb.takes_keys:
+        lines += ["", KEYS]
+    if name == "train":
+        from luthier.schema import key_list
+
+        lines += ["", key_list()]
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Keys that users of LLaMA-Factory and of older transformers bring along and that no part of Luthier owns yet.
+
+A key here is never unknown: at a value that changes nothing it is accepted in silence, at any other the run stops
+and says what to do instead. An owner's field of the same name takes over once it exists; a test holds the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A key that is known, and the values of it that ask for nothing Luthier does not do."""
+
+    accepts: tuple[Any, ...]
+    why: str
+    """Completes `KEY: ...`: why, and what to do instead."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether this value may stand in the file."""
+        return any(_same(value, accepted) for accepted in self.accepts)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """An old name of an owned key."""
+
+    new: str
+    convert: Callable[[Any], Any] = lambda value: value
+    """Turns the old value into the new key's; raises ValueError with words for the user."""
+    yields: bool = False
+    """With both names set the new one simply wins, as it did where the old name comes from."""
+
+
+def _same(value: Any, accepted: Any) -> bool:
+    if isinstance(accepted, bool):
+        return value is accepted or (isinstance(value, str) and value.strip().lower() == str(accepted).lower())
+    if isinstance(accepted, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value) == float(accepted)
+        except (TypeError, ValueError):
+            return False
+    return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
+
+
+def _ratio(value: Any) -> float:
+    try:
+        ratio = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a number from 0 up to, but not including, 1, got {value!r}") from None
+    if not 0 <= ratio < 1:
+        raise ValueError(f"expected a share of all steps, from 0 up to but not including 1, got {value!r}")
+    return ratio
+
+
+RENAMED: dict[str, Renamed] = {
+    # transformers 5 reads a warmup_steps below 1 as a share of all steps (TrainingArguments.get_warmup_steps).
+    "warmup_ratio": Renamed("warmup_steps", _ratio, yields=True),
+    "evaluation_strategy": Renamed("eval_strategy"),
+    "no_cuda": Renamed("use_cpu"),
+    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
+    "push_to_hub_model_id": Renamed("hub_model_id"),
+    "push_to_hub_token": Renamed("hub_token"),
+}
+
+
+def _group(why: str, **accepts: Any) -> dict[str, Refused]:
+    return {key: Refused((value,), why) for key, value in accepts.items()}
+
+
+_MULTIMODAL = "images, video and audio are not supported yet; train on text only"
+_QUANT = "quantised models are not supported yet; load the model in bf16"
+_VLLM = "the vllm engine is not there yet; leave the key out, and answers come from transformers"
+_SGLANG = "the sglang engine is not there yet; leave the key out, and answers come from transformers"
+_KT = "ktransformers is not supported; leave the key out"
+_PREFERENCE = "belongs to preference training, whose stages are not there yet"
+_PPO = "belongs to stage ppo, which is not there yet"
+_REWARD = "a reward model is read by stage ppo only, which is not there yet"
+_REFERENCE = "a reference model is read by preference stages only, which are not there yet"
+_GALORE = "use the optimisers of transformers: optim: galore_adamw with optim_target_modules and optim_args"
+_APOLLO = "use the optimisers of transformers: optim: apollo_adamw with optim_target_modules and optim_args"
+_BADAM = "BAdam is not supported; finetuning_type: freeze or lora saves memory too"
+_SWANLAB = "write report_to: swanlab; SwanLab's own environment variables (SWANLAB_PROJECT ...) set the rest"
+_RAY = "Ray is not supported yet; start the run with torchrun or accelerate launch"
+_PROFILER = "the profiler is not there yet; leave the key out"
+_FP8 = "fp8 training is not supported yet; use bf16: true"
+_MEGATRON = "Megatron is not supported; leave the key out"
+_PARALLEL = "HyperParallel is not supported; leave the key out"
+_EVALUATION = "benchmarks are not there yet; leave the key out"
+_LOSS = "this loss is not there yet; leave the key out for plain cross-entropy"
+_PREDICT = "scoring generated answers is not there yet; write them with `luthier infer CONFIG`"
+_EXPORT_QUANT = "quantising on export is not supported yet; export first, then quantise with the tool of your choice"
+_PISSA = "PiSSA is not supported yet; leave the key out for LoRA's usual start"
+_LORAPLUS = "LoRA+ is not supported yet; leave the key out"
+_UNSLOTH = "Unsloth is not supported; leave the key out, Luthier shares prefixes and packs by itself"
+_OFT = "belongs to finetuning_type oft, which is not there yet; use lora"
+
+LLAMA_FACTORY: dict[str, Refused] = {
+    # data
+    **_group(_MULTIMODAL, image_max_pixels=589824, image_min_pixels=1024, video_max_pixels=65536),
+    **_group(_MULTIMODAL, image_do_pan_and_scan=False, crop_to_patches=False, video_min_pixels=256, video_fps=2.0),
+    **_group(_MULTIMODAL, video_maxlen=128, use_audio_in_video=False, audio_sampling_rate=16000),
+    **_group(_MULTIMODAL, freeze_vision_tower=True, freeze_multi_modal_projector=True, freeze_language_model=False),
+    "ignore_pad_token_for_loss": Refused((True,), "padding is never trained here; leave the key out"),
+    **_group(_PREDICT, eval_num_beams=None, predict_with_generate=False, generation_max_length=None),
+    **_group(_PREDICT, generation_num_beams=None, generation_config=None, sortish_sampler=False),
+    # model
+    "use_fast_tokenizer": Refused((True,), "transformers 5 has one tokenizer class per model; leave the key out"),
+    "low_cpu_mem_usage": Refused((True,), "transformers 5 always loads this way; leave the key out"),
+    "new_special_tokens_config": Refused((None,), "not supported yet; list the tokens in add_special_tokens"),
+    "init_special_tokens": Refused(("noise_init",), "only noise_init is there: new rows are the mean plus noise"),
+    "rope_scaling": Refused((None,), "not supported yet; set rope parameters in the model folder's config.json"),
+    "shift_attn": Refused((False,), "S2-Attention is not supported; leave the key out"),
+    "mixture_of_depths": Refused((None,), "mixture of depths is not supported; leave the key out"),
+    "enable_liger_kernel": Refused((False,), "Liger kernels are not supported yet; leave the key out"),
+    "moe_aux_loss_coef": Refused((None,), "the router's auxiliary loss is not supported yet; leave the key out"),
+    "upcast_layernorm": Refused((False,), "not supported; trainable weights are float32 unless pure_bf16"),
+    "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
+    "infer_backend": Refused(("huggingface", "hf"), "only huggingface is there yet"),
+    "offload_folder": Refused(("offload",), "offloading weights to disk is not supported; leave the key out"),
+    "use_kv_cache": Refused((True,), "generation always uses the cache; leave the key out"),
+    "use_v1_kernels": Refused((False,), "not supported; leave the key out"),
+    "ms_hub_token": Refused((None,), "ModelScope is not supported; download the model and name its folder"),
+    "om_hub_token": Refused((None,), "Modelers is not supported; download the model and name its folder"),
+    **_group(_UNSLOTH, use_unsloth=False, use_unsloth_gc=False),
+    # quantisation, other engines
+    **_group(_QUANT, quantization_method="bnb", quantization_bit=None, quantization_type="nf4"),
+    **_group(_QUANT, double_quantization=True, quantization_device_map=None),
+    **_group(_EXPORT_QUANT, export_quantization_bit=None, export_quantization_dataset=None),
+    **_group(_EXPORT_QUANT, export_quantization_nsamples=128, export_quantization_maxlen=1024),
+    "export_legacy_format": Refused((False,), "models are always saved as safetensors; leave the key out"),
+    "export_hub_model_id": Refused((None,), "not supported yet; upload the folder with `hf upload`"),
+    **_group(_VLLM, vllm_maxlen=4096, vllm_gpu_util=0.7, vllm_enforce_eager=False, vllm_max_lora_rank=32),
+    **_group(_VLLM, vllm_config=None),
+    **_group(_SGLANG, sglang_maxlen=4096, sglang_mem_fraction=0.7, sglang_tp_size=-1, sglang_config=None),
+    **_group(_SGLANG, sglang_lora_backend="triton"),
+    **_group(_KT, use_kt=False, kt_config=None, kt_cpu_activation=None, kt_weight_path=None),
+    **_group(_KT, kt_non_expert_weight_path=None, kt_expert_checkpoint_path=None, kt_use_lora_experts=None),
+    **_group(_KT, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None),
+    # adapters
+    **_group(_PISSA, pissa_init=False, pissa_iter=16, pissa_convert=False),
+    **_group(_LORAPLUS, loraplus_lr_ratio=None, loraplus_lr_embedding=1e-6),
+    **_group(_OFT, module_dropout=0, oft_rank=0, oft_block_size=32, oft_target="all"),
+    "use_llama_pro": Refused((False,), "expanded blocks are not supported yet; leave the key out"),
+    # stages to come
+    **_group(_PREFERENCE, pref_beta=0.1, pref_ftx=0, pref_bco_weight=0, pref_loss="sigmoid", dpo_label_smoothing=0),
+    **_group(_PREFERENCE, kto_chosen_weight=1, kto_rejected_weight=1, simpo_gamma=0.5, ld_alpha=None),
+    **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
+    **_group(_REFERENCE, ref_model=None, ref_model_adapters=None, ref_model_quantization_bit=None),
+    **_group(_REWARD, reward_model=None, reward_model_adapters=None, reward_model_quantization_bit=None),
+    **_group(_REWARD, reward_model_type="lora"),
+    **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
+    # optimisers
+    **_group(_GALORE, use_galore=False, galore_target="all", galore_rank=16, galore_update_interval=200),
+    **_group(_GALORE, galore_scale=2.0, galore_proj_type="std", galore_layerwise=False),
+    **_group(_APOLLO, use_apollo=False, apollo_target="all", apollo_rank=16, apollo_update_interval=200),
+    **_group(_APOLLO, apollo_scale=32, apollo_proj="random", apollo_proj_type="std", apollo_scale_type="channel"),
+    **_group(_APOLLO, apollo_layerwise=False, apollo_scale_front=False),
+    **_group(_BADAM, use_badam=False, badam_mode="layer", badam_start_block=None, badam_switch_mode="ascending"),
+    **_group(_BADAM, badam_switch_interval=50, badam_update_ratio=0.05, badam_mask_mode="adjacent", badam_verbose=0),
+    "use_adam_mini": Refused((False,), "Adam-mini is not supported yet; use optim: adamw_torch"),
+    "use_muon": Refused((False,), "Muon is not supported yet; use optim: adamw_torch"),
+    # trackers, launchers, profiling
+    **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),
+    **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),
+    **_group(_SWANLAB, swanlab_lark_webhook_url=None, swanlab_lark_secret=None),
+    **_group(_RAY, ray_num_workers=1, ray_init_kwargs=None, master_addr=None, master_port=None),
+    **_group(_PROFILER, enable_torch_profiler=False, profiler_output_dir=None, profiler_wait_steps=1),
+    **_group(_PROFILER, profiler_warmup_steps=1, profiler_active_steps=1, profiler_repeat=1),
+    **_group(_PROFILER, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True),
+    **_group(_PROFILER, profile_modules=None),
+    **_group(_FP8, fp8=False, fp8_backend="auto", fp8_enable_fsdp_float8_all_gather=False),
+    **_group(_PARALLEL, use_hyper_parallel=False, hyper_parallel_args=None, hyper_parallel_cp_size=1),
+    **_group(_MEGATRON, use_mca=False, use_megatron_bridge=False, tensor_model_parallel_size=1),
+    **_group(_MEGATRON, pipeline_model_parallel_size=1, expert_model_parallel_size=1, context_parallel_size=1),
+    **_group(_MEGATRON, virtual_pipeline_model_parallel_size=None, sequence_parallel=False),
+    **_group(_MEGATRON, use_distributed_optimizer=True, use_packed_sequences=False, mixed_precision="bf16_mixed"),
+    **_group(_MEGATRON, megatron_pretrained_checkpoint=None, export_hf_on_finish=False, extra_config=None),
+    **_group(_EVALUATION, task=None, task_dir="evaluation", batch_size=4, lang="en", n_shot=5, save_dir=None),
+    **_group(_EVALUATION, download_mode=None),
+}
+
+_HARDWARE = "devices are found without it; leave the key out"
+_GONE = "transformers 5 has no such key any more; leave it out"
+
+HUGGING_FACE: dict[str, Refused] = {
+    "save_safetensors": Refused((True,), "weights are always saved as safetensors; leave the key out"),
+    "group_by_length": Refused((False,), "the planner groups rows of like length by itself; leave the key out"),
+    "include_tokens_per_second": Refused((False, True), "tokens per second are always reported"),
+    "use_mps_device": Refused((False, True), "a Mac's GPU is found without it; use_cpu: true keeps a run off it"),
+    "fp16_backend": Refused(("auto",), _GONE),
+    "half_precision_backend": Refused(("auto",), _GONE),
+    "fp16_opt_level": Refused(("O1",), _GONE),
+    "push_to_hub_organization": Refused((None,), "write hub_model_id: ORGANISATION/NAME"),
+    "adafactor": Refused((False,), "write optim: adafactor"),
+    "split_batches": Refused((None, False), "every process reads its own rows; leave the key out"),
+    "dispatch_batches": Refused((None, False), "every process reads its own rows; leave the key out"),
+    "include_inputs_for_metrics": Refused((False,), "metrics come from the objective; leave the key out"),
+    "fsdp_min_num_params": Refused((0,), "write it in fsdp_config: {min_num_params: N}"),
+    "fsdp_transformer_layer_cls_to_wrap": Refused((None,), "write it in fsdp_config"),
+    **_group(_GONE, jit_mode_eval=False, past_index=-1, torchdynamo=None, ray_scope="last", sharded_ddp=""),
+    **_group(_GONE, mp_parameters="", xpu_backend=None),
+    **_group(_HARDWARE, use_ipex=False, tpu_num_cores=None, tpu_metrics_debug=False),
+}
+
+REFUSED: dict[str, Refused] = LLAMA_FACTORY | HUGGING_FACE
+"""All of them, as the gate reads them."""

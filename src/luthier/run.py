@@ -1,0 +1,258 @@
+"""From what the user wrote to a Run: every key checked, every derived value said, once.
+
+run = resolve("train.yaml", ["learning_rate=1e-4"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.core import registry
+from luthier.core.compat import REFUSED, RENAMED
+from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
+from luthier.core.errors import ConfigError
+from luthier.core.objective import Objective
+from luthier.train.config import TrainConfig, derive
+from luthier.train.keys import training_keys
+from luthier.train.sense import Complaint, complaints
+
+if TYPE_CHECKING:
+    from luthier.data.layout import LayoutConfig
+    from luthier.data.source import DataConfig
+    from luthier.data.template import TemplateConfig
+    from luthier.engines.sampling import GenerateConfig
+    from luthier.export import ExportConfig
+    from luthier.model.adapt import AdapterConfig
+    from luthier.model.load import ModelConfig
+
+__all__ = ["OWNERS", "Run", "RunConfig", "Source", "resolve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What kind of run this is."""
+
+    stage: str = "sft"
+    """What is trained: the name of a file in `objectives/`, such as pt (pre-training) or sft (fine-tuning)."""
+    plugins: str | None = None
+    """A folder of your own stages, formats, templates ...; its sub-folders are named as Luthier's are."""
+
+
+OWNERS: dict[str, str] = {
+    "run": "luthier.run:RunConfig",
+    "model": "luthier.model.load:ModelConfig",
+    "data": "luthier.data.source:DataConfig",
+    "template": "luthier.data.template:TemplateConfig",
+    "layout": "luthier.data.layout:LayoutConfig",
+    "adapter": "luthier.model.adapt:AdapterConfig",
+    "train": "luthier.train.config:TrainConfig",
+    "generate": "luthier.engines.sampling:GenerateConfig",
+    "export": "luthier.export:ExportConfig",
+}
+"""Sections of a run and the dataclass that owns each one's keys."""
+
+NEEDS_DATA = ("train", "preview", "check")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration that came through the gate. Nothing changes it afterwards."""
+
+    source: Source
+    keys: Mapping[str, Any]
+    """All keys as given, overrides merged."""
+    stage: str
+    """Name of the objective."""
+    objective: Objective
+    model: ModelConfig
+    data: DataConfig
+    template: TemplateConfig
+    layout: LayoutConfig
+    adapter: AdapterConfig
+    adapter_keys: Any
+    """The Config of adapters/FINETUNING_TYPE.py."""
+    train: TrainConfig
+    training: dict[str, Any]
+    """Hugging Face's training keys: those the user set, under today's names, and those derived from the machine."""
+    generate: GenerateConfig
+    export: ExportConfig
+    plugins: str | None = None
+    notes: tuple[str, ...] = ()
+    """What was derived."""
+    warnings: tuple[str, ...] = ()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: every key with its value; `resolve` of it gives this run again."""
+        defaults = {key.name: key.default for key in training_keys().values() if key.rule is None}
+        parts = {"run": {"stage": self.stage, "plugins": self.plugins}, "objective": _values(self.objective.config)}
+        parts |= {name: _values(getattr(self, name)) for name in (*OWNERS, "adapter_keys") if name != "run"}
+        parts["training"] = defaults | self.training
+        return "\n".join(f"# {name}\n{dump(values)}" for name, values in parts.items() if values)
+
+
+def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, verb: str = "train") -> Run:
+    """Check a configuration and say all that is wrong with it in one ConfigError.
+
+    config: a YAML or JSON file, or a dict. overrides: `key=value` texts that win over it. verb: what the run is
+    for; what must be given depends on it.
+    """
+    given = read(config, overrides)
+    if given.values.get("plugins"):
+        registry.use_plugins(str(given.values["plugins"]))
+    misses: list[Problem] = []
+    stage, objective = _objective(given, misses)
+    owners = [*_owners(), Owner("training", training_keys(), dict, "training")]
+    if objective is not None:
+        owners.append(owner("objective", objective.Config, f"stage {stage}"))
+    kind = given.values.get("finetuning_type", keys_of(load_owner(OWNERS["adapter"]))["finetuning_type"].default)
+    adapter = _member(given, "adapters", "finetuning_type", str(kind), misses)
+    if adapter is not None:
+        owners.append(owner("adapter_keys", adapter.Config, f"finetuning_type {kind}"))
+    settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED)
+    settled.problems.extend(misses)
+    if not misses and {item.name for item in owners} <= {"model", *settled.sections}:
+        settled.problems.extend(_cross_check(given, settled, verb))
+    refuse(given.source, settled.problems)
+    assert objective is not None
+    return _finish(given, settled, objective, stage, verb)
+
+
+def load_owner(path: str) -> type:
+    """The dataclass that a path of `OWNERS` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _owners() -> list[Owner]:
+    return [owner(name, load_owner(path)) for name, path in OWNERS.items()]
+
+
+def _objective(given: Given, misses: list[Problem]) -> tuple[str, type[Objective] | None]:
+    """The objective of `stage`, unless another claims these keys."""
+    stage = str(given.values.get("stage", RunConfig.stage))
+    found = {name: objective_in(registry.find("objectives", name)) for name in registry.names("objectives")}
+    claims = [name for name, objective in found.items() if objective.claims(given.values, stage)]
+    if len(claims) > 1:
+        misses.append(Problem("stage", _place(given, "stage"), f"these keys mean several stages: {', '.join(claims)}."))
+    stage = claims[0] if claims else stage
+    if stage not in found:
+        text = registry.miss("stage", stage, list(found))
+        misses.append(Problem("stage", _place(given, "stage"), text))
+    return stage, found.get(stage)
+
+
+def objective_in(module: Any) -> type[Objective]:
+    """The one Objective that a file of `objectives/` defines."""
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Objective) and item.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"{module.__file__} must define exactly one Objective, and defines {len(found)}.")
+    return found[0]
+
+
+def _member(given: Given, family: str, key: str, name: str, misses: list[Problem]) -> Any:
+    try:
+        return registry.find(family, name)
+    except ConfigError as error:
+        misses.append(Problem(key, _place(given, key), str(error)))
+        return None
+
+
+def _elsewhere() -> dict[str, str]:
+    """Keys of all stages and finetuning_types, in words; asked for keys that this run's own parts do not know."""
+    homes: dict[str, list[str]] = {}
+    for name in registry.names("objectives"):
+        for key in keys_of(objective_in(registry.find("objectives", name)).Config):
+            homes.setdefault(key, []).append(f"stage {name}")
+    for name in registry.names("adapters"):
+        for key in keys_of(registry.find("adapters", name).Config):
+            homes.setdefault(key, []).append(f"finetuning_type {name}")
+    return {key: " and ".join(places) for key, places in homes.items()}
+
+
+def _place(given: Given, *keys: str) -> str:
+    return next((given.places[key] for key in keys if key in given.places), given.source.name)
+
+
+def _cross_check(given: Given, settled: Settled, verb: str) -> Iterator[Problem]:
+    """Problems between keys, except where a key is already in doubt."""
+    suspects = settled.suspects()
+    for keys, text in [*_missing(settled.sections, verb), *_conflicts(settled.sections, verb)]:
+        if not suspects.intersection(keys):
+            yield Problem(keys[0], _place(given, *keys), text)
+
+
+def _missing(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
+    if verb == "train" and not sections["training"].get("output_dir"):
+        yield ("output_dir",), "is not set. Say where the run is written, such as saves/my-first-run."
+    data = sections["data"]
+    if verb in NEEDS_DATA and not (data.dataset or data.eval_dataset or data.tokenized_path):
+        yield ("dataset",), "is not set. Name data sets of dataset_info.json, or a file."
+
+
+def _conflicts(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
+    layout, data, training = sections["layout"], sections["data"], sections["training"]
+    if layout.neat_packing and layout.packing is False:
+        yield ("packing", "neat_packing"), "packing is false, and neat_packing asks for it. Keep one of the two."
+    if layout.layout == "padded" and (layout.packing or layout.neat_packing):
+        yield ("layout", "packing", "neat_packing"), "padded means one answer per row, and packing several. Keep one."
+    adapter = sections["adapter"]
+    if adapter.adapter_name_or_path and adapter.finetuning_type != "lora":
+        text = f"adapters are loaded with finetuning_type: lora, and this run is {adapter.finetuning_type}."
+        yield ("adapter_name_or_path", "finetuning_type"), text
+    if verb != "train":
+        return
+    yield from complaints(training, sections["train"])
+    held_out = data.val_size or data.eval_dataset or data.tokenized_path
+    for key in ("eval_strategy", "do_eval", "eval_on_start"):
+        if training.get(key) not in (None, False, "no") and not held_out:
+            text = "asks for evaluation, but there are no rows for it. Set val_size or eval_dataset."
+            yield (key, "val_size", "eval_dataset"), text
+
+
+def _finish(given: Given, settled: Settled, objective: type[Objective], stage: str, verb: str) -> Run:
+    """Derive what follows from the keys and from the machine; nothing is derived later."""
+    sections = dict(settled.sections)
+    notes: list[str] = []
+    layout = sections["layout"]
+    if layout.neat_packing and layout.packing is None:
+        sections["layout"] = replace(layout, packing=True)
+    training = dict(sections.pop("training"))
+    warnings = [*settled.warnings, *_idle(sections, training, verb)]
+    if verb == "train":
+        training, sections["train"], derived = derive(training, sections["train"])
+        notes += derived
+        if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
+            notes.append(f"max_steps ({training['max_steps']}) ends the run, whatever num_train_epochs says.")
+    run_keys = sections.pop("run")
+    return Run(
+        source=given.source,
+        keys=given.values,
+        stage=stage,
+        objective=objective(sections.pop("objective")),
+        training=training,
+        plugins=run_keys.plugins,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        **sections,
+    )
+
+
+def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> Iterator[str]:
+    """Keys that make sense and will still change nothing."""
+    evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval")
+    if verb == "train" and sections["data"].val_size and not evaluates:
+        yield "val_size keeps rows from training, but nothing evaluates them; set eval_strategy: steps or epoch."
+
+
+def _values(section: Any) -> dict[str, Any]:
+    """A section's keys and values, secrets left out."""
+    names = [item.name for item in fields(section) if item.init and not item.name.endswith("_token")]
+    return {name: getattr(section, name) for name in names}

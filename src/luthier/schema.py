@@ -1,0 +1,181 @@
+"""`luthier schema`: every key of a configuration, from the same dataclasses that read it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core import registry
+from luthier.core.compat import HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
+from luthier.core.config import Key, keys_of
+from luthier.core.kinds import describe, json_type
+from luthier.run import OWNERS, load_owner, objective_in
+from luthier.train.keys import DIFFERS, RULES, training_keys
+
+
+@dataclass(frozen=True)
+class Section:
+    """The keys of one owner."""
+
+    title: str
+    intro: str
+    keys: Mapping[str, Key]
+
+
+def sections() -> Iterator[Section]:
+    """All keys there are, owner by owner: the run's parts, every stage, every finetuning_type, the Trainer's."""
+    for name, path in OWNERS.items():
+        config = load_owner(path)
+        yield Section(name, _intro(config), keys_of(config))
+    for kind, family in (("stage", "objectives"), ("finetuning_type", "adapters")):
+        for name in registry.names(family):
+            module = registry.find(family, name)
+            config = objective_in(module).Config if family == "objectives" else module.Config
+            if keys_of(config):
+                yield Section(f"{kind}: {name}", _intro(config), keys_of(config))
+    yield Section("training", "Keys of Hugging Face's TrainingArguments; the Trainer is theirs.", training_keys())
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema of a configuration file, for editors and web forms."""
+    properties: dict[str, Any] = {}
+    for section in sections():
+        for key in section.keys.values():
+            facts = json_type(key.hint) | {"description": key.doc, "x-owner": section.title}
+            properties[key.name] = facts if key.required else facts | {"default": key.default}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Luthier configuration",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def key_list(width: int = 110) -> str:
+    """Every key with its default and help, for `luthier train --help`."""
+    lines: list[str] = []
+    for section in sections():
+        lines += [f"[{section.title}] {section.intro}", ""]
+        for key in section.keys.values():
+            lines.append(f"  {key.name}{_default(key)}")
+            lines += textwrap.wrap(_prose(key.doc), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def keys_page() -> str:
+    """docs/keys.md."""
+    lines = [
+        "# Keys",
+        "",
+        "Every key that a configuration file or the command line may set. Made by `luthier schema --markdown` from the",
+        "dataclasses that own the keys; do not edit it by hand. Keys of other tools: [compatibility](compatibility.md).",
+    ]
+    for section in sections():
+        lines += [
+            "",
+            f"## {section.title}",
+            "",
+            section.intro,
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for key in section.keys.values():
+            limit = f" **{_limit(key.rule)}**" if key.rule else ""
+            default = "required" if key.required else f"`{_shown(key.default)}`"
+            lines.append(f"| `{key.name}` | {_cell(describe(key.hint))} | {default} | {_cell(key.doc)}{limit} |")
+    return "\n".join(lines) + "\n"
+
+
+def compatibility_page() -> str:
+    """docs/compatibility.md."""
+    return "\n".join(
+        [
+            "# Compatibility",
+            "",
+            "Luthier reads configuration files written for LLaMA-Factory, and Hugging Face's training keys under their old",
+            "and new names. Made by `luthier schema --compatibility` from the tables that the configuration gate uses; do",
+            "not edit it by hand.",
+            "",
+            "* A key with an owner works as documented in [keys](keys.md), under LLaMA-Factory's name and default.",
+            "* A key that is known and not supported yet is accepted at the values below, which ask for nothing; any other",
+            "  value stops the run before it starts, with the words of the last column.",
+            "* A key of another stage or finetuning_type gets a warning: it has no effect in this run.",
+            "* An unknown key stops the run, with file, line and the nearest name.",
+            "",
+            "## What differs, and why",
+            "",
+            "| key | difference |",
+            "|---|---|",
+            *(f"| `{key}` | {_cell(text)} |" for key, text in DIFFERS.items()),
+            "",
+            "## Old names",
+            "",
+            "| old | new |",
+            "|---|---|",
+            *(f"| `{old}` | `{rule.new}` |" for old, rule in RENAMED.items()),
+            "",
+            "## LLaMA-Factory keys that are not supported yet",
+            "",
+            *_refusals(LLAMA_FACTORY),
+            "",
+            "## Hugging Face training keys of which some values cannot work",
+            "",
+            *_refusals(RULES),
+            "",
+            "## Keys that older versions of transformers had",
+            "",
+            *_refusals(HUGGING_FACE),
+            "",
+        ]
+    )
+
+
+def _refusals(table: Mapping[str, Refused]) -> list[str]:
+    head = ["| key | accepted | otherwise |", "|---|---|---|"]
+    return head + [
+        f"| `{key}` | {', '.join(f'`{_shown(value)}`' for value in rule.accepts)} | {_cell(rule.why)} |"
+        for key, rule in sorted(table.items())
+    ]
+
+
+def _intro(config: type) -> str:
+    return _prose((config.__doc__ or "").strip().split("\n\n")[0])
+
+
+def _prose(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _limit(rule: Refused) -> str:
+    return _cell(f"Works as {' or '.join(_shown(value) for value in rule.accepts)} only: {rule.why}.")
+
+
+def _cell(text: str) -> str:
+    return _prose(text).replace("|", "\\|")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str) if value != "" else '""'
+
+
+def _default(key: Key) -> str:
+    return "  (required)" if key.required else f" = {_shown(key.default)}"
+
+
+PAGES = {"--markdown": keys_page, "--compatibility": compatibility_page}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`luthier schema [--markdown | --compatibility]`."""
+    from luthier.cli import parse_command
+
+    asked = parse_command(argv, "schema")
+    page = next((PAGES[f"--{flag}"] for flag in asked.flags), None)
+    print(page() if page else json.dumps(json_schema(), indent=2, default=str), end="" if page else "\n")
+    return 0

@@ -1,0 +1,142 @@
+"""Training keys that are Luthier's and LLaMA-Factory's own, and the way from all of them to TrainingArguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.errors import ConfigError
+from luthier.train.keys import DELIVERED, training_keys
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+SWITCH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run is trained, beyond Hugging Face's TrainingArguments."""
+
+    overwrite_output_dir: bool = False
+    """Start afresh in an output folder that holds checkpoints. Without it the run goes on from the last of them."""
+    allow_config_change: bool = False
+    """Resume from a checkpoint although the configuration differs from the one it was made with."""
+    plot_loss: bool = False
+    """Draw `training_loss.png` when the run is done."""
+    compute_accuracy: bool = False
+    """Log the share of supervised tokens that the model finds most probable, in training and evaluation."""
+    include_effective_tokens_per_second: bool = False
+    """Also report supervised tokens per second, beside all tokens per second."""
+    early_stopping_steps: int | None = None
+    """Stop when so many evaluations in a row have not improved on the best. Needs eval_strategy."""
+    disable_shuffling: bool = False
+    """Train rows in the order of the data set."""
+    pure_bf16: bool = False
+    """Keep trainable weights in bfloat16 too: half the memory, coarser updates."""
+    disable_gradient_checkpointing: bool | None = None
+    """Whether to keep all activations instead of computing them twice. Unset: true on a CPU, where recomputing
+    costs 1.4 times the time, and false on accelerators."""
+    use_reentrant_gc: bool = False
+    """Use PyTorch's older, reentrant form of gradient checkpointing."""
+    verify_layout: bool = True
+    """Compare the first batch with the plain computation, one sequence at a time, and fall back to padded rows if
+    the model's architecture does not honour the layout."""
+    logging_dir: str | None = None
+    """Folder for TensorBoard's files; unset: `runs/` in output_dir."""
+
+
+def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, Any], TrainConfig, list[str]]:
+    """Fill in what depends on the machine; returns the keys, the config and one note per derived value.
+
+    Half precision on a CPU that cannot compute it becomes float32; `use_cpu` says what will be used; gradient
+    checkpointing is decided.
+    """
+    keys, notes = dict(training), []
+    resume = keys.get("resume_from_checkpoint")
+    if isinstance(resume, str) and resume.lower() in SWITCH:
+        keys["resume_from_checkpoint"] = SWITCH[resume.lower()]
+    if not keys.get("use_cpu") and not _accelerator():
+        keys["use_cpu"] = True
+    if keys.get("use_cpu"):
+        train = _cpu_precision(keys, train, notes)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            keys.setdefault("ddp_backend", "gloo")
+    _checkpointing(keys, train, notes)
+    keys["remove_unused_columns"] = False
+    return keys, train, notes
+
+
+def training_arguments(training: Mapping[str, Any], train: TrainConfig, **changes: Any) -> TrainingArguments:
+    """Hugging Face's object for a run's keys; `changes` win over them.
+
+    training, train: `Run.training` and `Run.train`, as `resolve` derived them. Raises ConfigError where
+    transformers finds that keys do not go together.
+    """
+    from transformers import TrainingArguments
+
+    if not training.get("output_dir"):
+        raise ConfigError("output_dir: say where the run is written, such as output_dir: saves/my-first-run.")
+    if training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("deepspeed: the package is not installed. `pip install deepspeed`, or leave the key out.")
+    if train.logging_dir is not None:
+        # TensorBoard's callback in transformers 5 takes its folder from nowhere else.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
+    keys = {name: value for name, value in training.items() if name not in DELIVERED}
+    if keys.get("resume_from_checkpoint") in (True, False):
+        del keys["resume_from_checkpoint"]
+    keys = {"report_to": "none", **keys, "disable_tqdm": True, "remove_unused_columns": False, **changes}
+    try:
+        return TrainingArguments(**keys)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"transformers refuses these training keys: {error}") from error
+
+
+def _cpu_precision(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -> TrainConfig:
+    half = [name for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval") if keys.get(name)]
+    if _native_bf16():
+        half = [name for name in half if name.startswith("fp16")]
+    elif train.pure_bf16:
+        half.append("pure_bf16")
+        train = replace(train, pure_bf16=False)
+    for name in half:
+        if name != "pure_bf16":
+            keys[name] = False
+    if half:
+        kind = "float16" if all(name.startswith("fp16") for name in half) else "bfloat16"
+        notes.append(f"{', '.join(half)}: this CPU has no native {kind}, so the run computes in float32.")
+    return train
+
+
+def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -> None:
+    """Decide gradient checkpointing once, under the name that the installed transformers reads."""
+    name = "activation_checkpointing" if "activation_checkpointing" in training_keys() else "gradient_checkpointing"
+    asked = [keys.pop(key, None) for key in ("activation_checkpointing", "gradient_checkpointing")]
+    wish = next((value for value in asked if value is not None), None)
+    if wish is None and train.disable_gradient_checkpointing is not None:
+        wish = not train.disable_gradient_checkpointing
+    if wish is None:
+        wish = not keys.get("use_cpu")
+        if wish:
+            notes.append("gradient checkpointing is on; where memory allows, disable_gradient_checkpointing is faster.")
+    keys[name] = wish
+    options = [keys.pop(f"{key}_kwargs", None) for key in ("activation_checkpointing", "gradient_checkpointing")]
+    if wish:
+        given = next((value for value in options if value is not None), None)
+        keys[f"{name}_kwargs"] = {"use_reentrant": train.use_reentrant_gc} if given is None else given
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def _native_bf16() -> bool:
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,119 @@
+"""Training keys that do not go together, found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.train.config import TrainConfig
+from luthier.train.keys import training_keys
+
+Complaint = tuple[tuple[str, ...], str]
+"""(the keys it is about, the first is blamed; what is wrong and how to mend it)"""
+
+MINIMUM = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 0,
+    "max_grad_norm": 0,
+    "label_smoothing_factor": 0,
+    "dataloader_num_workers": 0,
+    "logging_steps": 0,
+    "save_total_limit": 1,
+}
+
+
+def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
+    """What is wrong among the training keys."""
+    keys = {name: key.default for name, key in training_keys().items()} | dict(training)
+    yield from _ranges(keys)
+    yield from _precision(keys)
+    yield from _best(keys)
+    yield from _evaluations(keys, train)
+    yield from _files(keys, train)
+    yield from _loader(keys)
+    yield from _checkpointing(training, train)
+
+
+def _ranges(keys: Mapping[str, Any]) -> Iterator[Complaint]:
+    for name, least in MINIMUM.items():
+        if keys[name] is not None and keys[name] < least:
+            yield (name,), f"expected at least {least}, got {keys[name]!r}."
+    if keys["label_smoothing_factor"] >= 1:
+        yield ("label_smoothing_factor",), f"expected less than 1, got {keys['label_smoothing_factor']!r}."
+    for strategy, steps in (("logging_strategy", "logging_steps"), ("save_strategy", "save_steps")):
+        if keys[strategy] == "steps" and keys[steps] == 0:
+            yield (steps, strategy), f"{strategy} is steps, so expected more than 0. {strategy}: no turns it off."
+    for steps in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
+        if keys[steps] is not None and keys[steps] > 1 and keys[steps] != int(keys[steps]):
+            yield (steps,), f"expected a whole number of steps, or a share of all steps below 1, got {keys[steps]!r}."
+
+
+def _precision(keys: Mapping[str, Any]) -> Iterator[Complaint]:
+    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if keys[one] and keys[other]:
+            yield (other, one), f"{one} and {other} are both true. Keep one; {one} where the hardware has it."
+
+
+def _best(keys: Mapping[str, Any]) -> Iterator[Complaint]:
+    """load_best_model_at_end wants every saved checkpoint evaluated."""
+    when, saved = keys["eval_strategy"], keys["save_strategy"]
+    if not keys["load_best_model_at_end"] or saved == "best" or when == "no":
+        return
+    if when != saved:
+        text = f"the best checkpoint must have been both evaluated and saved, but eval_strategy is {when}"
+        yield ("load_best_model_at_end", "eval_strategy", "save_strategy"), f"{text} and save_strategy is {saved}."
+    elif when == "steps":
+        every = keys["eval_steps"] or keys["logging_steps"]
+        ratio = keys["save_steps"] / every if every else 0
+        if not every or abs(ratio - round(ratio)) > 1e-9 or round(ratio) < 1 or (every < 1) != (keys["save_steps"] < 1):
+            text = f"expected save_steps ({keys['save_steps']}) to be a multiple of eval_steps ({every})"
+            yield ("save_steps", "eval_steps", "load_best_model_at_end"), f"{text}, so that what is saved is evaluated."
+
+
+def _evaluations(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
+    wanting = {
+        "early_stopping_steps": train.early_stopping_steps is not None,
+        "load_best_model_at_end": keys["load_best_model_at_end"],
+        "save_strategy": keys["save_strategy"] == "best",
+        "lr_scheduler_type": keys["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"),
+    }
+    for name in (name for name, wants in wanting.items() if wants and keys["eval_strategy"] == "no"):
+        yield (name, "eval_strategy"), "needs evaluations to go by. Set eval_strategy: steps or epoch."
+    if keys["save_strategy"] == "best" and not keys["metric_for_best_model"] and not keys["load_best_model_at_end"]:
+        yield ("save_strategy", "metric_for_best_model"), "best by what? Set metric_for_best_model, such as loss."
+    if train.early_stopping_steps is not None and train.early_stopping_steps < 1:
+        yield ("early_stopping_steps",), f"expected at least 1, got {train.early_stopping_steps}."
+
+
+def _files(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
+    resume = keys["resume_from_checkpoint"]
+    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).expanduser().is_dir():
+        yield ("resume_from_checkpoint",), f"there is no folder {resume}. Name a checkpoint-N folder, or write true."
+    for name in ("deepspeed", "fsdp_config", "lr_scheduler_kwargs"):
+        value = keys[name]
+        if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).expanduser().is_file():
+            yield (name,), f"there is no file {value}."
+    if keys["fsdp"] and keys["use_cpu"]:
+        yield ("fsdp", "use_cpu"), "FSDP does nothing on a CPU: accelerate falls back to plain data parallelism there."
+
+
+def _loader(keys: Mapping[str, Any]) -> Iterator[Complaint]:
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if keys[name] and not keys["dataloader_num_workers"]:
+            yield (name, "dataloader_num_workers"), "has a meaning only with dataloader_num_workers of 1 or more."
+
+
+def _checkpointing(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
+    names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if training.get(name) is not None]
+    if len({training[name] for name in names}) > 1:
+        yield tuple(names), "activation_checkpointing and gradient_checkpointing mean the same and differ. Keep one."
+    off = train.disable_gradient_checkpointing
+    if off is not None and any(training[name] is off for name in names):
+        text = f"contradicts disable_gradient_checkpointing: {str(off).lower()}. Keep one of the two."
+        yield (names[0], "disable_gradient_checkpointing"), text
