@@ -63,8 +63,8 @@ def apply(model: PreTrainedModel, config: Config, *, also: tuple[str, ...], seed
         use_dora=config.use_dora,
         ensure_weight_tying=shared,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         return get_peft_model(model, settings)
 
 

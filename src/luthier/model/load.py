@@ -96,8 +96,8 @@ def load_model(
     wanted = _dtype(config, dtype)
     implementation = attn or ATTENTION[config.flash_attn]
     settings = read_settings(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         if config.train_from_scratch:
             model = _scratch(config, settings, wanted, implementation)
         else:
