@@ -21,7 +21,7 @@ from luthier.core.batch import Batch
 from luthier.core.errors import ModelError
 from luthier.model import attention
 
-CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**26
 """Logits held at once (tokens x vocabulary). Beyond one chunk, chunks are recomputed in the backward pass."""
 
 
