@@ -63,7 +63,10 @@ class DataConfig:
             (self.streaming, "streaming: true is not supported yet; leave it out (encoded data are memory-mapped)"),
             (self.media_dir, f"media_dir: {self.media_dir!r}: images, videos and audio are not supported yet"),
             (self.mix_strategy not in MIXES, f"mix_strategy: {self.mix_strategy!r} is none of {', '.join(MIXES)}"),
-            (self.max_samples is not None and self.max_samples < 1, f"max_samples: {self.max_samples} must be 1 or more"),
+            (
+                self.max_samples is not None and self.max_samples < 1,
+                f"max_samples: {self.max_samples} must be 1 or more",
+            ),
             (self.val_size < 0, f"val_size: {self.val_size} must be 0 or more"),
             (
                 self.val_size > 1 and self.val_size != int(self.val_size),
@@ -100,7 +103,9 @@ class DataConfig:
         try:
             numbers = [float(part) for part in (given.split(",") if isinstance(given, str) else given)]
         except ValueError:
-            raise ConfigError(f"interleave_probs: {given!r} must be numbers separated by commas, such as 0.7,0.3.") from None
+            raise ConfigError(
+                f"interleave_probs: {given!r} must be numbers separated by commas, such as 0.7,0.3."
+            ) from None
         if min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6:
             raise ConfigError(f"interleave_probs: {given} must be 0 or more and add up to 1, not {sum(numbers):g}.")
         return numbers

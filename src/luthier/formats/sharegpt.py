@@ -21,7 +21,9 @@ def read(row: Mapping[str, Any], columns: Columns) -> Example:
     """One row as an Example; raises BadRow."""
     turns = columns.need(row, "messages")
     if not isinstance(turns, list) or not turns:
-        raise BadRow("empty conversation" if not turns else f"{columns.name('messages')!r} is not a list", excerpt(turns))
+        raise BadRow(
+            "empty conversation" if not turns else f"{columns.name('messages')!r} is not a list", excerpt(turns)
+        )
     messages = [_message(turn, columns, f"message {nth}") for nth, turn in enumerate(turns, 1)]
     system = columns.text(row, "system")
     if messages[0].role == "system":
@@ -63,7 +65,9 @@ def _split(
     """What is asked and what is answered. A conversation that ends with a user's turn has no answer of its own."""
     if columns.ranking:
         if len(messages) % 2 == 0:
-            raise BadRow("wrong order of roles", "the conversation before chosen and rejected must end with a user turn")
+            raise BadRow(
+                "wrong order of roles", "the conversation before chosen and rejected must end with a user turn"
+            )
         return messages, (_choice(row, columns, "chosen", 1.0), _choice(row, columns, "rejected", 0.0))
     if len(messages) % 2:
         return messages, ()

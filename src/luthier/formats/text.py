@@ -13,7 +13,9 @@ USUAL = ("text", "prompt", "content")
 
 def read(row: Mapping[str, Any], columns: Columns) -> Example:
     """One row as a prompt without answers; raises BadRow."""
-    column = columns.name("prompt") if "prompt" in columns.given else next((name for name in USUAL if name in row), None)
+    column = (
+        columns.name("prompt") if "prompt" in columns.given else next((name for name in USUAL if name in row), None)
+    )
     if column is None or column not in row:
         raise MissingColumn("prompt", column or "text")
     text = row[column]

@@ -1,0 +1,227 @@
+"""From data sets to encoded examples on disk: read, encode in batches over processes, count what cannot be used.
+
+files --format.read--> Example --objective.encode--> Encoded --store--> EncodedSet
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from luthier.core.errors import DataError, TemplateError
+from luthier.core.objective import Objective
+from luthier.core.registry import find
+from luthier.core.types import Encoded, Example
+from luthier.data.cache import Printed, interactive
+from luthier.data.files import File, Row
+from luthier.data.report import Tally
+from luthier.data.source import BadRow, Columns, Source
+from luthier.data.store import ITEMS, Origin, supervised, table, write
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@runtime_checkable
+class Warm(Protocol):
+    """A renderer that can tokenise the texts of many examples in one call, ahead of being asked for their ids."""
+
+    def texts(self, example: Example) -> list[str]:
+        """What will be tokenised for this example."""
+
+    def warm(self, texts: Sequence[str]) -> None:
+        """Tokenise these together."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How the rows of one data set are encoded; handed to every worker once."""
+
+    source: Source
+    files: tuple[File, ...]
+    objective: Objective
+    renderer: Printed
+    cutoff_len: int
+
+    @property
+    def columns(self) -> Columns:
+        """The resolved columns."""
+        assert self.source.columns is not None
+        return self.source.columns
+
+    def rows(self, ordinals: np.ndarray) -> Iterator[tuple[Origin, str, Row]]:
+        """These rows (ordinals over all files, ascending), each with `file:row`."""
+        ends = np.cumsum([len(file) for file in self.files])
+        for nth, file in enumerate(self.files):
+            first = int(ends[nth - 1]) if nth else 0
+            mine = ordinals[(ordinals >= first) & (ordinals < ends[nth])]
+            for ordinal, row in zip(mine.tolist(), file.take((mine - first).tolist())):
+                number = file.number(ordinal - first)
+                yield Origin(ordinal, nth, number), f"{file.path}:{number}", row
+
+    def read(self, row: Row) -> Example:
+        """A row as an Example with as many answers as the stage can take; raises BadRow, DataError for too many."""
+        assert self.source.format is not None
+        example = reader(self.source.format)(row, self.columns)
+        fewest, most = self.objective.answers
+        if len(example.answers) < fewest:
+            raise BadRow(f"brings {_answers(len(example.answers))}, the stage needs {fewest}")
+        if most is not None and len(example.answers) > most:
+            names = ", ".join(answer.name for answer in example.answers)
+            raise DataError(
+                f"data set {self.source.name!r} brings {_answers(len(example.answers))} a row ({names}), and stage "
+                f"{stage_of(self.objective)} takes {most if most == fewest else f'{fewest} to {most}'}. Choose the "
+                "stage that this data set is meant for"
+                + (", or take `ranking: true` away from the data set." if self.columns.ranking else ".")
+            )
+        return example
+
+    def encode(self, example: Example) -> Sequence[Encoded]:
+        """What the objective makes of an example; raises BadRow where nothing is left to train."""
+        try:
+            found = self.objective.encode(example, self.renderer, cutoff_len=self.cutoff_len)
+        except TemplateError as error:
+            raise BadRow("the template cannot render it", str(error)) from None
+        if trains_tokens(self.objective):
+            found = [encoded for encoded in found if any(supervised(path) for path in encoded.paths)]
+        if not found:
+            raise BadRow(f"nothing left to train after truncation to cutoff_len={self.cutoff_len}")
+        return found
+
+
+@cache
+def reader(name: str) -> Callable[[Row, Columns], Example]:
+    """The `read` of a format."""
+    return find("formats", name).read
+
+
+def stage_of(objective: Objective) -> str:
+    """The name of a stage."""
+    return type(objective).__module__.rpartition(".")[2]
+
+
+def trains_tokens(objective: Objective) -> bool:
+    """Whether an objective trains nothing but tokens, so that an example without weights is of no use to it."""
+    return objective.head is None and not objective.columns
+
+
+def encode_rows(job: Job, ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Tally]:
+    """One batch of rows, encoded, and what was counted."""
+    tally, read = Tally(rows=len(ordinals)), []
+    columns: dict[str, None] = {}
+    for origin, place, row in job.rows(ordinals):
+        columns.update(dict.fromkeys(row))
+        try:
+            read.append((origin, place, job.read(row)))
+        except BadRow as bad:
+            tally.blame(bad.reason, _named(place, bad))
+    tally.columns = list(columns)
+    if isinstance(job.renderer, Warm):
+        job.renderer.warm(list(chain.from_iterable(_texts(job.renderer, example) for _, _, example in read)))
+    items: list[tuple[Origin, Encoded]] = []
+    for origin, place, example in read:
+        try:
+            found = job.encode(example)
+        except BadRow as bad:
+            tally.blame(bad.reason, _named(place, bad))
+            continue
+        except Exception as error:
+            error.add_note(f"while encoding {place}")
+            raise
+        items += [(origin, encoded) for encoded in found]
+        cut = sum(encoded.truncated for encoded in found)
+        tally.truncated_rows += cut > 0
+        tally.truncated_tokens += cut
+    batch = table(items, job.objective.columns)
+    tally.items = len(items)
+    tally.tokens, tally.path_tokens, tally.supervised = (
+        int(batch.column(name).to_numpy().sum()) for name in ("tree_tokens", "path_tokens", "supervised")
+    )
+    return batch, tally
+
+
+def encode_source(job: Job, ordinals: np.ndarray, folder: Path, *, batch_size: int, workers: int) -> Tally:
+    """Encode rows into `folder`; the same bytes for any number of workers."""
+    chunks = [ordinals[at : at + batch_size] for at in range(0, len(ordinals), batch_size)]
+    total = Tally()
+
+    def batches(encoded: Iterable[tuple[pyarrow.RecordBatch, Tally]]) -> Iterator[pyarrow.RecordBatch]:
+        for batch, tally in _progress(encoded, job.source.name, len(ordinals)):
+            total.add(tally)
+            yield batch
+
+    schema = table([], job.objective.columns).schema
+    if min(workers, len(chunks)) <= 1:
+        write(batches(encode_rows(job, chunk) for chunk in chunks), schema, folder / ITEMS)
+        return total
+    # Forked workers share the tokenizer and rows held in memory; elsewhere both are sent to each worker once.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, (job,)) as pool:
+        try:
+            write(batches(pool.map(_work, chunks)), schema, folder / ITEMS)
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process encoding {job.source.name!r} died, most likely for want of memory. Lower "
+                "preprocessing_num_workers or preprocessing_batch_size."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return total
+
+
+_job: list[Job] = []
+
+
+def _start_worker(job: Job) -> None:
+    # One process per core already: threads of the tokenizer would only fight, and do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job[:] = [job]
+
+
+def _work(ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Tally]:
+    return encode_rows(_job[0], ordinals)
+
+
+def _progress(
+    encoded: Iterable[tuple[pyarrow.RecordBatch, Tally]], name: str, rows: int
+) -> Iterator[tuple[pyarrow.RecordBatch, Tally]]:
+    """The same, with a bar where somebody is watching."""
+    if not interactive():
+        yield from encoded
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*look, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"Encoding {name}", total=rows)
+        for batch, tally in encoded:
+            progress.advance(task, tally.rows)
+            yield batch, tally
+
+
+def _texts(renderer: Warm, example: Example) -> list[str]:
+    try:
+        return renderer.texts(example) if example.answers else ["".join(part.content for part in example.prompt)]
+    except TemplateError:
+        return []  # Encoding this example raises the same error, and the row is counted there.
+
+
+def _named(place: str, bad: BadRow) -> str:
+    return f"{place} ({bad.detail})" if bad.detail else place
+
+
+def _answers(count: int) -> str:
+    return "no answer" if not count else "1 answer" if count == 1 else f"{count} answers"

@@ -1,0 +1,326 @@
+"""Rows of data files, read when asked for: json, jsonl, csv, parquet, arrow, txt, or a folder of one of them.
+
+Nothing is cast to a common type, so rows of one file may differ. Every row knows its file and its number, and what
+cannot be read is reported with both.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.core.errors import DataError
+from luthier.data.source import Source, excerpt
+
+Row = Mapping[str, Any]
+
+
+class File(ABC):
+    """The rows of one file. Picklable; readable from several processes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, index: Sequence[int]) -> list[Row]:
+        """The rows at these places, in this order; raises DataError where one cannot be read."""
+
+    def number(self, index: int) -> int:
+        """What the user calls the row: its line, or its place counted from 1."""
+        return index + 1
+
+
+class _Lines(File):
+    """A text file as an index of its lines that are not blank; the text stays on disk."""
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts, stops and line numbers."""
+        data = np.memmap(self.path, np.uint8, "r") if self.path.stat().st_size else np.zeros(0, np.uint8)
+        breaks = [np.flatnonzero(data[at : at + (1 << 24)] == 10) + at for at in range(0, len(data), 1 << 24)]
+        stops = np.concatenate([*breaks, [len(data)]]).astype(np.int64)
+        starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
+        if data[:3].tobytes() == b"\xef\xbb\xbf":
+            starts[0] = 3
+        full = np.ones(len(stops), bool)
+        for line in np.flatnonzero(stops - starts <= 64):
+            full[line] = bool(data[starts[line] : stops[line]].tobytes().strip())
+        numbers = np.flatnonzero(full)
+        return starts[numbers], stops[numbers], numbers + 1
+
+    def __len__(self) -> int:
+        return len(self._index[0])
+
+    def number(self, index: int) -> int:
+        return int(self._index[2][index])
+
+    def take(self, index: Sequence[int]) -> list[Row]:
+        starts, stops, numbers = self._index
+        rows = []
+        with self.path.open("rb") as file:
+            for i in index:
+                file.seek(int(starts[i]))
+                raw = file.read(int(stops[i] - starts[i]))
+                rows.append(self._parse(_decode(raw, f"{self.path}, line {numbers[i]}"), int(numbers[i])))
+        return rows
+
+    @abstractmethod
+    def _parse(self, text: str, number: int) -> Row: ...
+
+
+class Txt(_Lines):
+    """Every line that is not blank is a document."""
+
+    def _parse(self, text: str, number: int) -> Row:
+        return {"text": text.removesuffix("\r")}
+
+
+class Jsonl(_Lines):
+    """Every line that is not blank is a JSON object."""
+
+    def _parse(self, text: str, number: int) -> Row:
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _bad_json(error, text, self.path, number) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{self.path}, line {number}: expected a JSON object, got {excerpt(row)}.")
+        return row
+
+
+class Json(File):
+    """One JSON list of objects, held in memory."""
+
+    def __init__(self, path: Path, rows: list[Row]):
+        super().__init__(path)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, index: Sequence[int]) -> list[Row]:
+        return [self._rows[i] for i in index]
+
+
+class Table(File):
+    """A parquet or arrow file, memory-mapped or read by row group."""
+
+    def __init__(self, path: Path, sizes: Sequence[int], load: Callable[[Path, int], Any]):
+        super().__init__(path)
+        self._ends = np.cumsum(np.asarray(sizes, np.int64))
+        self._load = load
+        self._held: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_held": (-1, None)}
+
+    def take(self, index: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        at = 0
+        while at < len(index):
+            group = int(np.searchsorted(self._ends, index[at], side="right"))
+            first = int(self._ends[group - 1]) if group else 0
+            stop = at
+            while stop < len(index) and first <= index[stop] < self._ends[group]:
+                stop += 1
+            if self._held[0] != group:
+                self._held = (group, self._load(self.path, group))
+            rows += self._held[1].take([i - first for i in index[at:stop]]).to_pylist()
+            at = stop
+        return rows
+
+
+class Hub(File):
+    """A split of a data set from the hub, as `datasets` keeps it."""
+
+    def __init__(self, name: str, data: Any):
+        super().__init__(Path(name))
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, index: Sequence[int]) -> list[Row]:
+        return [self.data[int(i)] for i in index]
+
+
+def open_source(source: Source) -> list[File]:
+    """The files of a data set, in the order of their names. Raises DataError."""
+    if source.path is None:
+        return [_open_hub(source)]
+    paths = _folder_files(source.path / (source.folder or "")) if source.path.is_dir() else [source.path]
+    files = [_open(path, source.place) for path in paths]
+    if not any(len(file) for file in files):
+        raise DataError(f"{source.place}: {source.path} is empty: it holds no rows.")
+    return files
+
+
+def _open(path: Path, place: str) -> File:
+    opener = OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise DataError(
+            f"{place}: {path}: unknown kind of file {path.suffix!r}; expected one of: {', '.join(OPENERS)}."
+        )
+    try:
+        return opener(path)
+    except PermissionError:
+        raise DataError(f"{place}: {path} cannot be read: permission denied.") from None
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """Data files of a folder, all of one kind. Of a folder written by `datasets`, its arrow files."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder.")
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / item["filename"] for item in state["_data_files"]]
+    paths = sorted(item for item in folder.iterdir() if item.is_file() and item.suffix.lower() in OPENERS)
+    kinds = sorted({path.suffix.lower() for path in paths})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder} holds data files of several kinds ({', '.join(kinds)}). Keep one, or name the files."
+        )
+    if not paths:
+        raise DataError(f"{folder} holds no data files. Expected files that end in one of: {', '.join(OPENERS)}.")
+    return paths
+
+
+def _open_json(path: Path) -> File:
+    """A JSON list; or JSON lines in a file called .json."""
+    text = _decode(path.read_bytes(), str(path)).lstrip("\ufeff")
+    if text.lstrip()[:1] == "{" and _is_object(text.strip().partition("\n")[0]):
+        return Jsonl(path)
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise _bad_json(error, text, path, 1) from None
+    if not isinstance(rows, list):
+        keys = f" with the keys {', '.join(map(repr, rows))}" if isinstance(rows, dict) else ""
+        raise DataError(f"{path}: expected a JSON list of objects, got {excerpt(rows)}{keys}.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: expected a JSON object, got {excerpt(row)}.")
+    return Json(path, rows)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _open_csv(path: Path) -> File:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows: list[Row] = []
+        try:
+            for row in reader:
+                if None in row:
+                    raise DataError(
+                        f"{path}, row {len(rows) + 1} (line {reader.line_num}): {len(row[None])} more fields than the "
+                        f"{len(reader.fieldnames or [])} columns of the header."
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from None
+        except UnicodeDecodeError as error:
+            raise _bad_text(error, str(path)) from None
+    return Json(path, rows)
+
+
+def _open_parquet(path: Path) -> File:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_metadata(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from None
+    return Table(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _row_group)
+
+
+def _row_group(path: Path, group: int) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path).read_row_group(group)
+
+
+def _open_arrow(path: Path) -> File:
+    return Table(path, [batch.num_rows for batch in _arrow_batches(path)], _arrow_batch)
+
+
+def _arrow_batch(path: Path, group: int) -> Any:
+    import pyarrow
+
+    return pyarrow.Table.from_batches([_arrow_batches(path)[group]])
+
+
+def _arrow_batches(path: Path) -> list[Any]:
+    import pyarrow
+
+    mapped = pyarrow.memory_map(str(path))
+    try:
+        try:
+            return pyarrow.ipc.open_stream(mapped).read_all().to_batches()
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(mapped).read_all().to_batches()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not an arrow file: {error}") from None
+
+
+def _open_hub(source: Source) -> File:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source.hub, name=source.subset, data_dir=source.folder, split=source.split)
+    except Exception as error:
+        raise DataError(
+            f"{source.place}: {source.hub!r} is no local file or folder, and loading it from the hub failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not len(data):
+        raise DataError(f"{source.place}: {source.hub} is empty: its split {source.split!r} holds no rows.")
+    return Hub(str(source.hub), data)
+
+
+def _decode(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad_text(error, place) from None
+
+
+def _bad_text(error: UnicodeDecodeError, place: str) -> DataError:
+    byte = error.object[error.start]
+    return DataError(f"{place}: not UTF-8 text (byte {byte:#04x} at offset {error.start}). Save the file as UTF-8.")
+
+
+def _bad_json(error: json.JSONDecodeError, text: str, path: Path, first_line: int) -> DataError:
+    line = first_line + error.lineno - 1
+    around = text[max(0, error.pos - 30) : error.pos + 30].replace("\n", " ").strip()
+    return DataError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}, near: {around}")
+
+
+OPENERS: Mapping[str, Callable[[Path], File]] = {
+    ".json": _open_json,
+    ".jsonl": Jsonl,
+    ".csv": _open_csv,
+    ".parquet": _open_parquet,
+    ".arrow": _open_arrow,
+    ".txt": Txt,
+}

@@ -1,0 +1,250 @@
+"""From what the user wrote under `dataset` to Sources: names in `dataset_info.json`, paths, mappings, hub ids."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import ConfigError, DataError
+from luthier.core.registry import miss, names
+from luthier.data.source import COLUMNS, TAGS, Columns, Source, excerpt
+
+INFO = "dataset_info.json"
+MEDIA = ("images", "videos", "audios")
+HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
+INFO_KEYS = (*HUBS, "cloud_file_name", "file_name", "formatting", "ranking", "subset", "split", "folder",
+             "num_samples", "columns", "tags")  # fmt: skip
+INLINE_KEYS = ("path", "name", "format", "formatting", "ranking", "subset", "split", "folder", "num_samples", "weight",
+               "columns", "tags")  # fmt: skip
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+
+OPTIONAL = {"history": "history", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected"}
+"""Columns that a file named directly brings in under their own names; `dataset_info.json` has to name them."""
+
+
+def sources(
+    dataset: str | Sequence[str | Mapping[str, Any]] | None,
+    dataset_dir: str | Mapping[str, Any],
+    *,
+    key: str = "dataset",
+) -> list[Source]:
+    """Every data set a key names, in order. Raises ConfigError or DataError."""
+    if dataset is None:
+        return []
+    entries = [part.strip() for part in dataset.split(",")] if isinstance(dataset, str) else list(dataset)
+    entries = [entry for entry in entries if entry != ""]
+    if not entries:
+        raise ConfigError(f"{key}: is empty. Name a data set, or leave the key out.")
+    info = _Info(dataset_dir)
+    return [
+        _inline(entry, f"{key}[{nth}]", info) if isinstance(entry, Mapping) else info.named(entry, key)
+        for nth, entry in enumerate(entries)
+    ]
+
+
+class _Info:
+    """What `dataset_dir` offers, read when first asked."""
+
+    def __init__(self, dataset_dir: str | Mapping[str, Any]):
+        self.online = dataset_dir == "ONLINE"
+        self.folder: Path | None = None
+        self.title = INFO
+        self.entries: Mapping[str, Any] = {}
+        if isinstance(dataset_dir, Mapping):
+            self.entries, self.title = dataset_dir, "dataset_dir"
+        elif dataset_dir.startswith("REMOTE:"):
+            file = _remote(dataset_dir.removeprefix("REMOTE:"))
+            self.entries, self.title = _read_info(file), str(file)
+        elif not self.online:
+            self.folder = Path(dataset_dir).expanduser()
+            self.title = str(self.folder / INFO)
+            if (self.folder / INFO).is_file():
+                self.entries = _read_info(self.folder / INFO)
+
+    def named(self, name: str, key: str) -> Source:
+        """The data set of a name, a path or a hub id, in this order."""
+        if name in self.entries:
+            return self._entry(name)
+        if self.online:
+            return Source(name=name, place=key, hub=name)
+        local = self.find(name)
+        if local is not None:
+            return Source(name=name, place=key, path=local)
+        if HUB_ID.fullmatch(name) and Path(name).suffix not in FILE_TYPES:
+            return Source(name=name, place=key, hub=name)
+        if Path(name).suffix in FILE_TYPES or "/" in name or "\\" in name:
+            raise DataError(_no_file(name, key, self.folder))
+        if not self.entries:
+            where = f"{self.title} does not exist" if self.folder else f"{self.title} is empty"
+            raise DataError(
+                f"{key}: {name!r} is no file, and {where}, so no data set has that name. Give the path of a file, or "
+                f"set dataset_dir to the folder that holds {INFO}."
+            )
+        raise DataError(f"{key}: {miss(f'data set in {self.title}', name, sorted(self.entries))}")
+
+    def find(self, name: str) -> Path | None:
+        """A local file or folder, as the user gave it or below `dataset_dir`."""
+        path = Path(name).expanduser()
+        candidates = [path] if self.folder is None else [path, self.folder / path]
+        return next((candidate for candidate in candidates if candidate.exists()), None)
+
+    def _entry(self, name: str) -> Source:
+        entry, place = self.entries[name], f"{self.title}: {name}"
+        _check(entry, INFO_KEYS, place)
+        source = Source(
+            name=name,
+            place=place,
+            format=_format(entry.get("formatting", "alpaca"), place),
+            columns=_columns(entry, dict(COLUMNS), place),
+            **_selection(entry, place),
+        )
+        if entry.get("script_url"):
+            raise DataError(
+                f"{place}: script_url runs code from the data set, which Luthier never does. Use file_name."
+            )
+        for hub in ("hf_hub_url", "ms_hub_url", "om_hub_url"):
+            if entry.get(hub) and not (hub != "hf_hub_url" and entry.get("hf_hub_url")):
+                if hub != "hf_hub_url":
+                    raise DataError(f"{place}: {hub} is not supported yet. Download the data and give file_name.")
+                return replace(source, hub=entry[hub])
+        if entry.get("cloud_file_name"):
+            raise DataError(
+                f"{place}: cloud_file_name {entry['cloud_file_name']!r} is not supported yet. Download it and give"
+                " file_name."
+            )
+        if not entry.get("file_name"):
+            raise DataError(f"{place}: neither file_name nor hf_hub_url is given, so there is nothing to read.")
+        path = (self.folder or Path()) / Path(entry["file_name"]).expanduser()
+        if not path.exists():
+            raise DataError(_no_file(str(path), place, self.folder))
+        return replace(source, path=path)
+
+
+def guess(row: Mapping[str, Any], source: Source, path: Path | None) -> Source:
+    """A source with format and columns filled in by what its first row holds. Raises DataError."""
+    columns = source.columns
+    if source.format is not None:
+        generous = COLUMNS | OPTIONAL | ({"messages": "messages"} if source.format == "openai" else {})
+        return replace(source, columns=columns or Columns(generous))
+    if path is not None and path.suffix == ".txt":
+        return replace(source, format="text", columns=columns or Columns())
+    for column, format_name in (
+        ("conversations", "sharegpt"),
+        ("messages", "openai"),
+        ("instruction", "alpaca"),
+        ("text", "text"),
+    ):
+        if column in row and (columns is None or columns.given == frozenset()):
+            generous = COLUMNS | OPTIONAL | {"messages": column if "me" in column or "conv" in column else None}
+            ranking = columns is not None and columns.ranking
+            tags = columns.tags if columns is not None else dict(TAGS)
+            return replace(source, format=format_name, columns=Columns(generous, tags, ranking))
+    if columns is not None and columns.given:
+        return replace(source, format="sharegpt" if "messages" in columns.given else "alpaca")
+    raise DataError(
+        f"{source.place}: the format of {source.name!r} cannot be told from its columns: {', '.join(map(str, row))}. "
+        f"Name one with {{path: ..., format: ...}}, one of: {', '.join(names('formats'))}; and the columns."
+    )
+
+
+def _inline(entry: Mapping[str, Any], place: str, info: _Info) -> Source:
+    _check(entry, INLINE_KEYS, place)
+    if not isinstance(entry.get("path"), str):
+        raise ConfigError(f"{place}: path is missing: a file, a folder, a hub id or a name in {INFO}.")
+    wanted = entry.get("format", entry.get("formatting"))
+    base = info.named(entry["path"], place)
+    changes: dict[str, Any] = {"place": place, **_selection(entry, place)}
+    if wanted is not None:
+        changes["format"] = _format(wanted, place)
+    if {"columns", "tags", "ranking"} & set(entry):
+        changes["columns"] = _columns(entry, COLUMNS | OPTIONAL, place)
+    if "name" in entry:
+        changes["name"] = str(entry["name"])
+    weight = entry.get("weight")
+    if weight is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+            raise ConfigError(f"{place}: weight: {excerpt(weight)} must be a number above 0.")
+        changes["weight"] = float(weight)
+    return replace(base, **changes)
+
+
+def _selection(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """subset, split, folder and num_samples, as far as they are given."""
+    chosen = {name: entry[name] for name in ("subset", "split", "folder", "num_samples") if entry.get(name) is not None}
+    wanted = chosen.get("num_samples", 1)
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ConfigError(f"{place}: num_samples: {excerpt(wanted)} must be a whole number of 1 or more.")
+    return chosen
+
+
+def _columns(entry: Mapping[str, Any], defaults: Mapping[str, str | None], place: str) -> Columns:
+    """Resolved columns. As in LLaMA-Factory, naming some columns says that the optional others do not exist."""
+    ranking = entry.get("ranking", False)
+    if not isinstance(ranking, bool):
+        raise ConfigError(f"{place}: ranking: {excerpt(ranking)} must be true or false.")
+    given = entry.get("columns") or {}
+    _check(given, (*COLUMNS, *MEDIA), f"{place}: columns")
+    media = [name for name in MEDIA if given.get(name)]
+    if media:
+        raise ConfigError(f"{place}: columns: {', '.join(media)}: images, videos and audio are not supported yet.")
+    tags = entry.get("tags") or {}
+    _check(tags, tuple(TAGS), f"{place}: tags")
+    resolved = dict(defaults)
+    if given:
+        resolved = {meaning: given.get(meaning) for meaning in COLUMNS}
+        resolved["messages"] = resolved["messages"] or COLUMNS["messages"]
+    if ranking:
+        resolved |= {meaning: resolved[meaning] or meaning for meaning in ("chosen", "rejected")}
+    named = frozenset(meaning for meaning, column in given.items() if column)
+    return Columns(resolved, dict(TAGS) | {tag: name for tag, name in tags.items() if name}, ranking, named)
+
+
+def _check(entry: Any, known: Sequence[str], place: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{place}: expected a mapping, got {excerpt(entry)}.")
+    for key in entry:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{place}: no such key: {key!r}.{hint} There are: {', '.join(known)}.")
+
+
+def _format(name: Any, place: str) -> str:
+    if name not in names("formats"):
+        raise ConfigError(f"{place}: {miss('format', str(name), names('formats'))}")
+    return name
+
+
+def _read_info(file: Path) -> Mapping[str, Any]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.") from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{file}: expected an object of data set names, got {excerpt(entries)}.")
+    return entries
+
+
+def _remote(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, INFO, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"dataset_dir: REMOTE:{repo}: {INFO} could not be fetched from the hub: {error}") from None
+
+
+def _no_file(name: str, place: str, folder: Path | None) -> str:
+    path = Path(name).expanduser()
+    parent = path.parent if path.parent.is_dir() or folder is None else folder
+    there = sorted(item.name for item in parent.iterdir()) if parent.is_dir() else []
+    near = get_close_matches(path.name, there, n=1)
+    hint = f" Did you mean {str(parent / near[0])!r}?" if near else ""
+    below = f" (nor below dataset_dir {str(folder)!r})" if folder is not None and not path.is_absolute() else ""
+    return f"{place}: no such file or folder: {name!r}{below}.{hint}"
