@@ -7,17 +7,19 @@ Piped text works too: each line is a message, answers go to stdout, everything e
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from luthier.core.errors import DataError, LuthierError
+from luthier.core.log import get_logger
 from luthier.core.types import Message
 
 if TYPE_CHECKING:
     from luthier.engines.sampling import GenerateConfig
     from luthier.serving import Speaker
+
+log = get_logger("chat")
 
 HELP = """\
 /clear        forget the conversation
@@ -81,16 +83,14 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="luthier chat", description="Talk with a model.", epilog=HELP,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("config", help="YAML or JSON file: model, adapter, template, how to generate")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that win over the file's")
-    given = parser.parse_intermixed_args(argv)
-
+    from luthier.cli import parse_command
     from luthier.run import resolve
     from luthier.serving import load_engine
 
-    run = resolve(given.config, given.overrides, verb="chat")
+    command = parse_command(argv, "chat")
+    run = resolve(command.config, command.overrides, verb="chat")
+    for line in (*run.warnings, *run.notes):
+        log.info("%s", line)
     talk(Chat(load_engine(run), run.generate, sys.stdout), sys.stdin)
     return 0
 

@@ -8,7 +8,6 @@ was interrupted goes on where it stopped when the same command is given again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -49,25 +48,24 @@ class Question:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="luthier infer", description="Answer every prompt of a file.")
-    parser.add_argument("config", help="YAML or JSON file: model, adapter, template, how to generate")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that win over the file's")
-    parser.add_argument("--input", required=True, type=Path, help="json, jsonl, csv, parquet or txt file of prompts")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="jsonl file of answers; an unfinished one is gone on with"
-    )
-    given = parser.parse_intermixed_args(argv)
-
+    from luthier.cli import parse_command
     from luthier.run import resolve
     from luthier.serving import load_engine
 
-    run = resolve(given.config, given.overrides, verb="infer")
-    examples = read_examples(given.input)
+    command = parse_command(argv, "infer")
+    for flag, what in (("input", "a file of prompts"), ("output", "a .jsonl file for the answers")):
+        if flag not in command.flags:
+            raise ConfigError(f"--{flag} is missing: give {what}.")
+    source, output = (Path(command.flags[flag]).expanduser() for flag in ("input", "output"))
+    run = resolve(command.config, command.overrides, verb="infer")
+    for line in (*run.warnings, *run.notes):
+        log.info("%s", line)
+    examples = read_examples(source)
     speaker = load_engine(run)
     questions = [_question(row, example, speaker) for row, example in enumerate(examples)]
-    done = resume(given.output, questions)
-    infer(speaker, run.generate, [question for question in questions if question.row not in done], given.output)
-    log.info("%d answers are in %s.", len(questions), given.output)
+    done = resume(output, questions)
+    infer(speaker, run.generate, [question for question in questions if question.row not in done], output)
+    log.info("%d answers are in %s.", len(questions), output)
     return 0
 
 

@@ -135,7 +135,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, console: Console | None = None, *, bar: bool = True):
         self._console = console or Console(stderr=True)
-        self._bar = bar and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar_wanted = bar
         self._display: Display | None = None
         self._training = False
         self._others = False
@@ -196,7 +196,8 @@ class ProgressCallback(TrainerCallback):
             # Saving a checkpoint would draw a bar of its own across ours.
             self._others = is_progress_bar_enabled()
             disable_progress_bar()
-            self._display = Bar(self._console) if self._bar else Lines(self._console)
+            live = self._bar_wanted and self._console.is_terminal and not self._console.is_dumb_terminal
+            self._display = Bar(self._console) if live else Lines(self._console)
 
     def _end_evaluation(self) -> None:
         self._batches = 0
