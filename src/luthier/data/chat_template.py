@@ -30,6 +30,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOT_OURS = ("tool_format", "efficient_eos", "replace_eos")
 
 
+class Rewritten(TemplateError):
+    """The chat template renders the beginning of a conversation otherwise when the conversation goes on."""
+
+
 class ChatTemplateRenderer:
     """The tokenizer's chat template. See `core/objective.py:Renderer`.
 
@@ -110,6 +114,14 @@ class ChatTemplateRenderer:
     def _cut(self, messages: Sequence[Message], system: str, tools: str, *, strict: bool) -> list[tuple[str, str]]:
         """The conversation as (source, response) texts per exchange; as one exchange, the last, where the template
         rewrites earlier turns and that is no error."""
+        try:
+            return self._cut_turns(messages, system, tools)
+        except Rewritten:
+            if strict:
+                raise
+            return self._cut_last(messages, system, tools)
+
+    def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
         cut: list[tuple[str, str]] = []
         done = 0
         for i in range(1, len(messages), 2):
@@ -119,11 +131,7 @@ class ChatTemplateRenderer:
             self._check_content(messages[i - 1 : i + 1], asked[done:], whole[len(asked) :])
             end = len(whole)
             if i + 1 < len(messages):
-                following = self._render(messages[: i + 2], system, tools, ask=True)
-                end = self._turn_end(whole, following)
-                if end < 0 and not strict:
-                    return self._cut_last(messages, system, tools)
-                self._check_prefix(whole[:end] if end >= 0 else whole, following, i, "an earlier turn is rewritten")
+                end = self._turn_end(whole, self._render(messages[: i + 2], system, tools, ask=True), i)
             start, stop = self._narrow(spans, len(asked), end, i)
             cut.append((whole[done:start], whole[start:stop]))
             done = stop
@@ -137,14 +145,14 @@ class ChatTemplateRenderer:
         start, stop = self._narrow(spans, len(asked), len(whole), last)
         return [(whole[:start], whole[start:stop])]
 
-    def _turn_end(self, whole: str, following: str) -> int:
+    def _turn_end(self, whole: str, following: str, turn: int) -> int:
         """Where the turn ends that `whole` ends with; some templates close a conversation with one more eos, which
-        is not there when the conversation goes on. -1: the template rewrites the turn."""
-        if following.startswith(whole):
-            return len(whole)
-        eos = self.tokenizer.eos_token or ""
-        shorter = whole.removesuffix(eos)
-        return len(shorter) if eos and following.startswith(shorter) else -1
+        is not there when the conversation goes on."""
+        shorter = whole.removesuffix(self.tokenizer.eos_token or "")
+        if following.startswith(shorter) and not following.startswith(whole):
+            return len(shorter)
+        self._check_prefix(whole, following, turn, "an earlier turn is rewritten")
+        return len(whole)
 
     def _narrow(self, spans: Sequence[tuple[int, int]], start: int, stop: int, turn: int) -> tuple[int, int]:
         """The trained part of a response: all of it, or what the template's generation block says."""
@@ -162,7 +170,7 @@ class ChatTemplateRenderer:
         if long.startswith(short):
             return
         at = next((i for i, (a, b) in enumerate(zip(short, long)) if a != b), min(len(short), len(long)))
-        raise TemplateError(
+        raise Rewritten(
             f"the tokenizer's chat template cannot be trained on message by message: at message {turn + 1} {what}. "
             f"The first difference, at character {at}: {short[at : at + 60]!r} against {long[at : at + 60]!r}, after "
             f"{short[max(0, at - 40) : at]!r}. Set `template` to one of Luthier's, or mask_history: true to train the "
