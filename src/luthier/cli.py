@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 from luthier import __version__
 from luthier.core.errors import ConfigError, LuthierError
 
+ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 KEYS = "CONFIG is a YAML or JSON file; key=value or --key value win over it. `luthier train --help` lists all keys."
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of one verb that is not a key of a run. Without a `value` it is a switch."""
+
+    doc: str
+    value: str = ""
+    """What its value is called in help."""
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    default: Any = None
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,12 @@ class Verb:
     purpose: str
     usage: str
     example: str
-    flags: Mapping[str, str] = field(default_factory=dict)
-    """Name without dashes: what it does. A help text that begins with `NAME: ` takes a value of that name."""
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    """By name, without dashes."""
     takes_keys: bool = True
     """Whether a configuration is among its arguments."""
+    own_parser: bool = False
+    """Its module reads all of its arguments itself, --help too."""
 
 
 VERBS: dict[str, Verb] = {
@@ -47,7 +63,10 @@ VERBS: dict[str, Verb] = {
         "show what the model will see: tokens, and which of them are trained",
         "luthier preview CONFIG [key=value ...] [--rows N] [--format text|jsonl]",
         "luthier preview examples/sft.yaml --rows 3",
-        {"rows": "N: how many examples to show", "format": "FORMAT: text (coloured) or jsonl (one object per example)"},
+        {
+            "rows": Flag("how many examples to show", "N", int),
+            "format": Flag("coloured text, or one JSON object per example", "FORMAT", str, ("text", "jsonl"), "text"),
+        },
     ),
     "check": Verb(
         "luthier.check",
@@ -66,7 +85,10 @@ VERBS: dict[str, Verb] = {
         "write a model's answers to a file of prompts",
         "luthier infer CONFIG --input FILE --output FILE [key=value ...]",
         "luthier infer examples/sft.yaml --input prompts.jsonl --output answers.jsonl",
-        {"input": "FILE: the prompts", "output": "FILE: where the answers go; a second call goes on from its end"},
+        {
+            "input": Flag("the prompts", "FILE", required=True),
+            "output": Flag("where the answers go; a second call goes on from its end", "FILE", required=True),
+        },
     ),
     "export": Verb(
         "luthier.export",
@@ -80,13 +102,17 @@ VERBS: dict[str, Verb] = {
         "luthier fetch-model NAME DIR",
         "luthier fetch-model smollm2-135m models/smollm2",
         takes_keys=False,
+        own_parser=True,
     ),
     "schema": Verb(
         "luthier.schema",
         "print all keys, as JSON schema or as Markdown",
         "luthier schema [--markdown | --compatibility]",
         "luthier schema > luthier.schema.json",
-        {"markdown": "print docs/keys.md, every key by owner", "compatibility": "print docs/compatibility.md"},
+        {
+            "markdown": Flag("print docs/keys.md, every key by owner", kind=bool, default=False),
+            "compatibility": Flag("print docs/compatibility.md, keys of other tools", kind=bool, default=False),
+        },
         takes_keys=False,
     ),
     "env": Verb(
@@ -133,44 +159,51 @@ def parse_command(argv: Sequence[str], verb: str) -> Command:
     """Sort a verb's arguments into its configuration, overrides and own flags.
 
     Accepts `CONFIG key=value`, `--key value`, `--key=value`, `--key v1 v2` (a list) and the store-true form
-    `--key`. Raises ConfigError for arguments that are none of these.
+    `--key`. Flags that were not given have their defaults. Raises ConfigError for arguments that are none of these.
     """
     known = VERBS[verb].flags
-    unexpected = (
-        [] if VERBS[verb].takes_keys else [word for word in argv if word.lstrip("-").partition("=")[0] not in known]
-    )
-    if unexpected:
-        raise ConfigError(f"luthier {verb} does not know {unexpected[0]!r}. Usage: {VERBS[verb].usage}")
     config: str | None = None
     overrides: list[str] = []
-    flags: dict[str, Any] = {}
+    flags: dict[str, Any] = {name: flag.default for name, flag in known.items() if not flag.required}
     words = list(argv)
     while words:
         word = words.pop(0)
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            values = [value] if equals else _values(words, several=name not in known)
+            values = [value] if equals else _values(words, known.get(name))
             if name in known:
                 flags[name] = _flag(name, known[name], values)
             else:
                 overrides.append(f"{name.replace('-', '_')}={_one(values)}")
-        elif re.match(r"[A-Za-z_][\w.]*=", word):
+        elif ASSIGNMENT.match(word):
             overrides.append(word)
         elif config is None:
             config = word
         else:
-            raise ConfigError(
-                f"{word!r} is one argument too many: the configuration is {config}. Write keys as key=value. "
-                f"Usage: {VERBS[verb].usage}"
-            )
+            text = f"{word!r} is one argument too many: the configuration is {config}. Write keys as key=value."
+            raise ConfigError(f"{text} Usage: {VERBS[verb].usage}")
+    _complete(verb, config, overrides, flags)
     return Command({} if config is None else config, overrides, flags)
 
 
-def _values(words: list[str], *, several: bool) -> list[str]:
-    """The words after `--key` that are its values; they are taken off the list."""
+def _complete(verb: str, config: str | None, overrides: list[str], flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what is missing, or is there and should not be."""
+    usage = f"Usage: {VERBS[verb].usage}"
+    if not VERBS[verb].takes_keys and (config or overrides):
+        raise ConfigError(f"`luthier {verb}` knows no argument {config or overrides[0]!r}. {usage}")
+    if VERBS[verb].takes_keys and not (config or overrides):
+        raise ConfigError(f"`luthier {verb}` needs a configuration. {usage}")
+    for name, flag in VERBS[verb].flags.items():
+        if flag.required and name not in flags:
+            raise ConfigError(f"--{name} {flag.value} is missing: {flag.doc}. {usage}")
+
+
+def _values(words: list[str], flag: Flag | None) -> list[str]:
+    """The words after `--key` that are its values; they are taken off the list. A key of a run may have several."""
+    most = len(words) if flag is None else 1 if flag.value else 0
     values: list[str] = []
-    while words and not words[0].startswith("--") and (several or not values):
-        if values and re.match(r"[A-Za-z_][\w.]*=", words[0]):
+    while words and len(values) < most and not words[0].startswith("--"):
+        if values and ASSIGNMENT.match(words[0]):
             break
         values.append(words.pop(0))
     return values
@@ -182,11 +215,17 @@ def _one(values: list[str]) -> str:
     return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
 
 
-def _flag(name: str, doc: str, values: list[str]) -> Any:
-    takes = re.match(r"[A-Z]+: ", doc)
-    if takes and not values:
-        raise ConfigError(f"--{name} wants a value: --{name} {takes[0][:-2]}.")
-    return values[0] if takes else True
+def _flag(name: str, flag: Flag, values: list[str]) -> Any:
+    if not flag.value:
+        return True
+    if not values:
+        raise ConfigError(f"--{name} wants a value: --{name} {flag.value}.")
+    if flag.choices and values[0] not in flag.choices:
+        raise ConfigError(f"--{name} {values[0]}: expected one of {', '.join(flag.choices)}.")
+    try:
+        return flag.kind(values[0])
+    except ValueError:
+        raise ConfigError(f"--{name} {values[0]}: expected a whole number.") from None
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -201,7 +240,7 @@ def _dispatch(argv: list[str]) -> int:
         near = get_close_matches(name, [*VERBS, "version", "help"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"there is no command {name!r}.{hint} There are: {', '.join([*VERBS, 'version', 'help'])}.")
-    if any(word in ("-h", "--help") for word in rest):
+    if not VERBS[name].own_parser and any(word in ("-h", "--help") for word in rest):
         print(verb_help(name))
         return 0
     return _call(VERBS[name], rest)
@@ -240,7 +279,7 @@ def verb_help(name: str) -> str:
     verb = VERBS[name]
     lines = [f"{verb.purpose[0].upper()}{verb.purpose[1:]}.", "", f"usage:   {verb.usage}", f"example: {verb.example}"]
     if verb.flags:
-        lines += ["", *(f"  --{flag:<15} {doc}" for flag, doc in verb.flags.items())]
+        lines += ["", *(f"  --{f'{name} {flag.value}':<16}{flag.doc}" for name, flag in verb.flags.items())]
     if verb.takes_keys:
         lines += ["", KEYS]
     if name == "train":

@@ -55,7 +55,8 @@ OWNERS: dict[str, str] = {
 }
 """Sections of a run and the dataclass that owns each one's keys."""
 
-NEEDS_DATA = ("train", "preview", "check")
+TRAINS = ("train", "check")
+NEEDS_DATA = (*TRAINS, "preview")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _cross_check(given: Given, settled: Settled, verb: str) -> Iterator[Problem]
 
 
 def _missing(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
-    if verb == "train" and not sections["training"].get("output_dir"):
+    if verb in TRAINS and not sections["training"].get("output_dir"):
         yield ("output_dir",), "is not set. Say where the run is written, such as saves/my-first-run."
     data = sections["data"]
     if verb in NEEDS_DATA and not (data.dataset or data.eval_dataset or data.tokenized_path):
@@ -207,7 +208,7 @@ def _conflicts(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
     if adapter.adapter_name_or_path and adapter.finetuning_type != "lora":
         text = f"adapters are loaded with finetuning_type: lora, and this run is {adapter.finetuning_type}."
         yield ("adapter_name_or_path", "finetuning_type"), text
-    if verb != "train":
+    if verb not in TRAINS:
         return
     yield from complaints(training, sections["train"])
     held_out = data.val_size or data.eval_dataset or data.tokenized_path
@@ -226,7 +227,7 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
         sections["layout"] = replace(layout, packing=True)
     training = dict(sections.pop("training"))
     warnings = [*settled.warnings, *_idle(sections, training, verb)]
-    if verb == "train":
+    if verb in TRAINS:
         training, sections["train"], derived = derive(training, sections["train"])
         notes += derived
         if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
@@ -248,7 +249,7 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
 def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> Iterator[str]:
     """Keys that make sense and will still change nothing."""
     evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval")
-    if verb == "train" and sections["data"].val_size and not evaluates:
+    if verb in TRAINS and sections["data"].val_size and not evaluates:
         yield "val_size keeps rows from training, but nothing evaluates them; set eval_strategy: steps or epoch."
 
 

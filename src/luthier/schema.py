@@ -72,8 +72,9 @@ def keys_page() -> str:
     lines = [
         "# Keys",
         "",
-        "Every key that a configuration file or the command line may set. Made by `luthier schema --markdown` from the",
-        "dataclasses that own the keys; do not edit it by hand. Keys of other tools: [compatibility](compatibility.md).",
+        "Every key that a configuration file or the command line may set. Made by `luthier schema --markdown` from",
+        "the dataclasses that own the keys; do not edit it by hand. Keys of other tools:",
+        "[compatibility](compatibility.md).",
     ]
     for section in sections():
         lines += [
@@ -89,7 +90,7 @@ def keys_page() -> str:
             limit = f" **{_limit(key.rule)}**" if key.rule else ""
             default = "required" if key.required else f"`{_shown(key.default)}`"
             lines.append(f"| `{key.name}` | {_cell(describe(key.hint))} | {default} | {_cell(key.doc)}{limit} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def compatibility_page() -> str:
@@ -98,13 +99,13 @@ def compatibility_page() -> str:
         [
             "# Compatibility",
             "",
-            "Luthier reads configuration files written for LLaMA-Factory, and Hugging Face's training keys under their old",
-            "and new names. Made by `luthier schema --compatibility` from the tables that the configuration gate uses; do",
-            "not edit it by hand.",
+            "Luthier reads configuration files written for LLaMA-Factory, and Hugging Face's training keys under",
+            "their old and new names. Made by `luthier schema --compatibility` from the tables that the",
+            "configuration gate uses; do not edit it by hand.",
             "",
             "* A key with an owner works as documented in [keys](keys.md), under LLaMA-Factory's name and default.",
-            "* A key that is known and not supported yet is accepted at the values below, which ask for nothing; any other",
-            "  value stops the run before it starts, with the words of the last column.",
+            "* A key that is known and not supported yet is accepted at the values below, which ask for nothing;",
+            "  any other value stops the run before it starts, with the words of the last column.",
             "* A key of another stage or finetuning_type gets a warning: it has no effect in this run.",
             "* An unknown key stops the run, with file, line and the nearest name.",
             "",
@@ -131,7 +132,6 @@ def compatibility_page() -> str:
             "## Keys that older versions of transformers had",
             "",
             *_refusals(HUGGING_FACE),
-            "",
         ]
     )
 
@@ -168,14 +168,14 @@ def _default(key: Key) -> str:
     return "  (required)" if key.required else f" = {_shown(key.default)}"
 
 
-PAGES = {"--markdown": keys_page, "--compatibility": compatibility_page}
+PAGES = {"markdown": keys_page, "compatibility": compatibility_page}
 
 
 def main(argv: Sequence[str]) -> int:
     """`luthier schema [--markdown | --compatibility]`."""
     from luthier.cli import parse_command
 
-    asked = parse_command(argv, "schema")
-    page = next((PAGES[f"--{flag}"] for flag in asked.flags), None)
-    print(page() if page else json.dumps(json_schema(), indent=2, default=str), end="" if page else "\n")
+    flags = parse_command(argv, "schema").flags
+    pages = [page for name, page in PAGES.items() if flags[name]]
+    print("\n".join(page() for page in pages) or json.dumps(json_schema(), indent=2, default=str))
     return 0

@@ -46,7 +46,10 @@ def read(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises ConfigError for a file that is missing or is not a YAML or JSON mapping, a key written twice, an
     override without `=`, and a `${...}` that leads nowhere.
     """
-    given = _read_mapping(config) if isinstance(config, Mapping) else _read_file(Path(config).expanduser())
+    if isinstance(config, Mapping):
+        given = _read_mapping(config, "the given keys" if config or not overrides else COMMAND_LINE)
+    else:
+        given = _read_file(Path(config).expanduser())
     for override in overrides:
         _override(given, override)
     values = _interpolate(given)
@@ -76,9 +79,9 @@ def dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(dict(values), Dumper=Plain, sort_keys=False, allow_unicode=True, width=4096) if values else ""
 
 
-def _read_mapping(config: Mapping[str, Any]) -> Given:
+def _read_mapping(config: Mapping[str, Any], name: str) -> Given:
     values = {str(key): value for key, value in config.items()}
-    return Given(Source("the given keys", ""), values, dict.fromkeys(values, "given keys"))
+    return Given(Source(name, ""), values, dict.fromkeys(values, name))
 
 
 def _read_file(path: Path) -> Given:

@@ -67,6 +67,10 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             keys.setdefault("ddp_backend", "gloo")
     _checkpointing(keys, train, notes)
+    _purpose(keys, notes)
+    if train.early_stopping_steps is not None and keys.get("metric_for_best_model") is None:
+        keys["metric_for_best_model"] = "loss"
+        notes.append("early_stopping_steps watches eval_loss; metric_for_best_model names another metric.")
     keys["remove_unused_columns"] = False
     return keys, train, notes
 
@@ -128,6 +132,16 @@ def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
     if wish:
         given = next((value for value in options if value is not None), None)
         keys[f"{name}_kwargs"] = {"use_reentrant": train.use_reentrant_gc} if given is None else given
+
+
+def _purpose(keys: dict[str, Any], notes: list[str]) -> None:
+    """A run trains unless told otherwise, or told to evaluate and nothing else."""
+    if "do_train" in keys:
+        return
+    only_evaluates = bool(keys.get("do_eval")) and keys.get("eval_strategy", "no") == "no"
+    keys["do_train"] = not only_evaluates
+    if only_evaluates:
+        notes.append("do_eval is true and do_train is not set: this run evaluates and does not train.")
 
 
 def _accelerator() -> bool:

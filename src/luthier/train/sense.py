@@ -30,12 +30,13 @@ MINIMUM = {
 
 def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
     """What is wrong among the training keys."""
-    keys = {name: key.default for name, key in training_keys().items()} | dict(training)
+    defaults = {name: key.default for name, key in training_keys().items()} | {"do_train": True}
+    keys = defaults | dict(training)
     yield from _ranges(keys)
     yield from _precision(keys)
     yield from _best(keys)
     yield from _evaluations(keys, train)
-    yield from _files(keys, train)
+    yield from _files(keys)
     yield from _loader(keys)
     yield from _checkpointing(training, train)
 
@@ -85,13 +86,15 @@ def _evaluations(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Compla
     }
     for name in (name for name, wants in wanting.items() if wants and keys["eval_strategy"] == "no"):
         yield (name, "eval_strategy"), "needs evaluations to go by. Set eval_strategy: steps or epoch."
+    if not keys["do_train"] and not keys["do_eval"]:
+        yield ("do_train", "do_eval"), "do_train is false and do_eval is not true: there is nothing to do."
     if keys["save_strategy"] == "best" and not keys["metric_for_best_model"] and not keys["load_best_model_at_end"]:
         yield ("save_strategy", "metric_for_best_model"), "best by what? Set metric_for_best_model, such as loss."
     if train.early_stopping_steps is not None and train.early_stopping_steps < 1:
         yield ("early_stopping_steps",), f"expected at least 1, got {train.early_stopping_steps}."
 
 
-def _files(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
+def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
     resume = keys["resume_from_checkpoint"]
     if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).expanduser().is_dir():
         yield ("resume_from_checkpoint",), f"there is no folder {resume}. Name a checkpoint-N folder, or write true."
