@@ -39,8 +39,8 @@ def embeddings(model: PreTrainedModel) -> list[str]:
 
 def tied(model: PreTrainedModel) -> bool:
     """Whether the output head is the input embedding transposed."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and any(weight is embedding.weight for weight in head.parameters())
 
 
 def linear(model: PreTrainedModel) -> list[str]:

@@ -1,0 +1,190 @@
+"""LoRA: where it stands, what it computes (by hand), and which weights it trains."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from luthier.adapters import lora
+from luthier.core.errors import ConfigError
+from luthier.model.adapt import AdapterConfig, adapt
+from luthier.model.load import ModelConfig
+from tests.conftest import build_model
+
+HERE = ModelConfig(model_name_or_path="unused")
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+IDS = torch.arange(10, 42).reshape(2, 16)
+
+
+def with_lora(model=None, adapter: AdapterConfig | None = None, *, seed: int = 0, where=HERE, **config):
+    model = build_model("llama") if model is None else model
+    adapter = adapter or AdapterConfig()
+    return adapt(model, adapter, lora.Config(**config), model_config=where, trainable=True, seed=seed)
+
+
+def places(model) -> set[str]:
+    """Last names of the modules that carry LoRA matrices."""
+    return {name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A." in name}
+
+
+def weights(model, name: str):
+    held = dict(model.named_parameters())
+    found = {part: next(held[key] for key in held if f"{name}.{part}" in key) for part in ("lora_A", "lora_B")}
+    return found["lora_A"], found["lora_B"], held[next(key for key in held if f"{name}.base_layer.weight" in key)]
+
+
+def disturb(model) -> None:
+    """Move every trained weight, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_all_is_every_linear_module_but_the_head():
+    model = with_lora()
+    assert places(model) == LINEAR
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_all_reaches_the_linear_modules_of_gpt2_too():
+    assert places(with_lora(build_model("gpt2"))) == {"c_attn", "c_fc", "c_proj"}
+
+
+def test_a_head_in_the_place_of_lm_head_is_left_out_of_all():
+    model = build_model("llama")
+    model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 1)))
+    adapted = with_lora(model)
+    assert places(adapted) == LINEAR
+
+
+@pytest.mark.parametrize("target", ["q_proj, v_proj", ["q_proj", "v_proj"]])
+def test_named_modules(target):
+    assert places(with_lora(lora_target=target)) == {"q_proj", "v_proj"}
+
+
+def test_one_module_by_its_whole_name():
+    model = with_lora(lora_target="layers.1.mlp.up_proj")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"base_model.model.model.layers.1.mlp.up_proj.lora_{part}.default.weight" for part in ("A", "B")}
+
+
+def test_a_name_that_matches_nothing_is_answered_with_what_there_is():
+    with pytest.raises(ConfigError, match="lora_target.*'q_prj'.*down_proj, embed_tokens, gate_proj.*q_proj"):
+        with_lora(lora_target="v_proj,q_prj")
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        ({"lora_rank": 4}, 2.0),  # alpha is twice the rank
+        ({"lora_rank": 4, "lora_alpha": 4}, 1.0),
+        ({"lora_rank": 4, "lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(4)),
+    ],
+)
+def test_what_a_module_computes(keys, scale):
+    model = with_lora(lora_target="layers.0.mlp.up_proj", **keys)
+    disturb(model)
+    a, b, w = weights(model, "up_proj")
+    assert a.shape == (4, 32) and b.shape == (48, 4)
+    x = torch.randn(3, 32)
+    module = model.get_base_model().model.layers[0].mlp.up_proj
+    torch.testing.assert_close(module(x), x @ w.T + scale * (x @ a.T) @ b.T)
+
+
+def test_dora_trains_direction_and_length_apart():
+    model = with_lora(lora_target="layers.0.mlp.up_proj", use_dora=True)
+    disturb(model)
+    a, b, w = weights(model, "up_proj")
+    length = next(p for name, p in model.named_parameters() if "magnitude" in name)
+    assert length.shape == (48,)
+    direction = w + 2.0 * b @ a
+    merged = length[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    x = torch.randn(3, 32)
+    module = model.get_base_model().model.layers[0].mlp.up_proj
+    torch.testing.assert_close(module(x), x @ merged.T)
+
+
+def test_dropout_drops_in_training_only():
+    model = with_lora(lora_dropout=0.5)
+    disturb(model)
+    with torch.no_grad():
+        assert not torch.equal(model(IDS).logits, model(IDS).logits)
+        model.eval()
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_at_first_nothing_changes():
+    with torch.no_grad():
+        assert torch.equal(with_lora().eval()(IDS).logits, build_model("llama").eval()(IDS).logits)
+
+
+def test_the_seed_decides_the_first_weights_and_nothing_else():
+    torch.manual_seed(5)
+    wanted = torch.rand(2)
+    torch.manual_seed(5)
+    one = with_lora(build_model("llama"), seed=1)
+    torch.manual_seed(5)
+    same, other = with_lora(build_model("llama"), seed=1), with_lora(build_model("llama"), seed=2)
+    assert torch.equal(weights(one, "q_proj")[0], weights(same, "q_proj")[0])
+    assert not torch.equal(weights(one, "q_proj")[0], weights(other, "q_proj")[0])
+    model = build_model("llama")
+    torch.manual_seed(5)
+    with_lora(model, seed=9)
+    assert torch.equal(torch.rand(2), wanted)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_matrices_are_float32_beside_a_frozen_16_bit_model(upcast):
+    """With `pure_bf16` too: updates of 1e-5 would vanish, and the matrices are small. Whole modules obey it."""
+    adapted = adapt(
+        build_model("llama", dtype=torch.bfloat16),
+        AdapterConfig(additional_target="lm_head"),
+        lora.Config(),
+        model_config=HERE,
+        trainable=True,
+        upcast=upcast,
+    )
+    held = {
+        (parameter.requires_grad, "lora_" in name): parameter.dtype for name, parameter in adapted.named_parameters()
+    }
+    whole = torch.float32 if upcast else torch.bfloat16
+    assert held == {(True, True): torch.float32, (True, False): whole, (False, False): torch.bfloat16}
+
+
+def test_additional_modules_are_trained_in_full():
+    model = with_lora(adapter=AdapterConfig(additional_target="embed_tokens,lm_head"))
+    full = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert {name.split(".modules_to_save")[0].rsplit(".", 1)[-1] for name in full} == {"embed_tokens", "lm_head"}
+    assert places(model) == LINEAR
+
+
+def test_an_additional_module_that_does_not_exist():
+    with pytest.raises(ConfigError, match="additional_target.*'embeddings'"):
+        with_lora(adapter=AdapterConfig(additional_target="embeddings"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_tied_embedding_trained_in_full_stays_tied(kind):
+    model = with_lora(
+        build_model(kind, tie_word_embeddings=True),
+        where=ModelConfig(model_name_or_path="unused", resize_vocab=True),
+    )
+    full = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert [tuple(p.shape) for p in full] == [(400, 32)]
+    model(IDS).logits.sum().backward()
+    assert full[0].grad is not None
+    disturb(model)
+    base = model.get_base_model().eval()
+    hidden = base.get_decoder()(IDS).last_hidden_state
+    torch.testing.assert_close(base(IDS).logits, hidden @ full[0].T)  # the head computes with the trained embedding
+
+
+@pytest.mark.parametrize(
+    "keys", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_target": " , "}]
+)
+def test_values_that_make_no_sense(keys):
+    with pytest.raises(ConfigError, match=next(iter(keys))):
+        lora.Config(**keys)
