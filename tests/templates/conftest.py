@@ -12,8 +12,8 @@ SPECIALS = (
     "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|end_of_text|> <|header_start|> <|header_end|> "
     "<|eot|> <|eom|> <start_of_turn> <end_of_turn> <eos> [gMASK] <sop> sop <|user|> <|assistant|> <|system|> "
     "<|observation|> <｜User｜> <｜Assistant｜> <|EOT|> <|end|> <|im_sep|> <|start_of_role|> <|end_of_role|> "
-    "<|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|im_user|> <|im_assistant|> "
-    "<|im_system|> <|im_middle|> <think> </think>"
+    "<|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|im_user|> "
+    "<|im_assistant|> <|im_system|> <|im_middle|> <think> </think>"
 ).split()
 
 
