@@ -128,25 +128,23 @@ class _Info:
 
 def guess(row: Mapping[str, Any], source: Source, path: Path | None) -> Source:
     """A source with format and columns filled in by what its first row holds. Raises DataError."""
-    columns = source.columns
-    if source.format is not None:
-        generous = COLUMNS | OPTIONAL | ({"messages": "messages"} if source.format == "openai" else {})
-        return replace(source, columns=columns or Columns(generous))
+    columns = source.columns or Columns(COLUMNS | OPTIONAL)
+    if "messages" not in columns.given and columns.name("messages") not in row and "messages" in row:
+        columns = replace(columns, names={**columns.names, "messages": "messages"})
+    return replace(source, format=source.format or _format_of(row, columns, source, path), columns=columns)
+
+
+def _format_of(row: Mapping[str, Any], columns: Columns, source: Source, path: Path | None) -> str:
     if path is not None and path.suffix == ".txt":
-        return replace(source, format="text", columns=columns or Columns())
-    for column, format_name in (
-        ("conversations", "sharegpt"),
-        ("messages", "openai"),
-        ("instruction", "alpaca"),
-        ("text", "text"),
-    ):
-        if column in row and (columns is None or columns.given == frozenset()):
-            generous = COLUMNS | OPTIONAL | {"messages": column if "me" in column or "conv" in column else None}
-            ranking = columns is not None and columns.ranking
-            tags = columns.tags if columns is not None else dict(TAGS)
-            return replace(source, format=format_name, columns=Columns(generous, tags, ranking))
-    if columns is not None and columns.given:
-        return replace(source, format="sharegpt" if "messages" in columns.given else "alpaca")
+        return "text"
+    messages = columns.get(row, "messages")
+    if isinstance(messages, list):
+        openai = bool(messages) and isinstance(messages[0], Mapping) and "role" in messages[0]
+        return "openai" if openai and columns.tags == TAGS else "sharegpt"
+    if columns.name("prompt") in row or columns.given:
+        return "alpaca"
+    if "text" in row:
+        return "text"
     raise DataError(
         f"{source.place}: the format of {source.name!r} cannot be told from its columns: {', '.join(map(str, row))}. "
         f"Name one with {{path: ..., format: ...}}, one of: {', '.join(names('formats'))}; and the columns."

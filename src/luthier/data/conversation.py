@@ -1,0 +1,74 @@
+"""What all formats end with: the messages of a row, in order, become a prompt and what is answered to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from luthier.core.types import Answer, Example, Message
+from luthier.data.source import BadRow, Columns, excerpt
+
+TURNS = (("user", "observation"), ("assistant", "function"))
+"""Who speaks in turn: the model answers."""
+
+
+def conversation(
+    row: Mapping[str, Any], columns: Columns, messages: Sequence[Message], choice: Callable[[Any, str], Message]
+) -> Example:
+    """An Example of a row's messages; raises BadRow.
+
+    A leading system message outranks the system column. A conversation that ends with a user's turn has no answer of
+    its own; with `ranking` it is answered by the columns chosen and rejected, which `choice(value, meaning)` reads.
+    """
+    turns, system = list(messages), columns.text(row, "system")
+    if turns and turns[0].role == "system":
+        system = turns.pop(0).content
+    if not turns:
+        raise BadRow("empty conversation")
+    for nth, message in enumerate(turns):
+        if message.role not in TURNS[nth % 2]:
+            wanted = " or ".join(TURNS[nth % 2])
+            raise BadRow("wrong order of roles", f"turn {nth + 1} is {message.role}, expected {wanted}")
+    answers: tuple[Answer, ...] = ()
+    if columns.ranking:
+        if len(turns) % 2 == 0:
+            raise BadRow("wrong order of roles", "before chosen and rejected must come a user turn")
+        answers = tuple(
+            Answer((_spoken(choice(columns.need(row, meaning), meaning), meaning),), score, meaning)
+            for meaning, score in (("chosen", 1.0), ("rejected", 0.0))
+        )
+    elif len(turns) % 2 == 0:
+        answers = (Answer((_spoken(turns.pop(), "response"),), _liked(row, columns)),)
+    tools = columns.get(row, "tools") or ""
+    return Example(
+        tuple(turns), answers, system, tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    )
+
+
+def loss_weight(turn: Mapping[str, Any], where: str) -> float | None:
+    """The loss weight a message carries, None if none."""
+    weight = turn.get("weight")
+    if weight is None:
+        return None
+    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise BadRow("a message weight that is not a number of 0 or more", f"{where}: {excerpt(weight)}")
+    return float(weight)
+
+
+def _spoken(message: Message, meaning: str) -> Message:
+    if message.role not in TURNS[1]:
+        raise BadRow("wrong order of roles", f"{meaning} is a {message.role} message, expected assistant or function")
+    if not message.content:
+        raise BadRow(f"empty {meaning}")
+    return message
+
+
+def _liked(row: Mapping[str, Any], columns: Columns) -> float:
+    """The score of an answer with a thumb up (1) or down (-1); NaN where the data set has no such column."""
+    if columns.name("kto_tag") is None:
+        return float("nan")
+    liked = columns.need(row, "kto_tag")
+    if not isinstance(liked, bool):
+        raise BadRow(f"{columns.name('kto_tag')!r} is not true or false", excerpt(liked))
+    return 1.0 if liked else -1.0

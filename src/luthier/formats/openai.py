@@ -1,0 +1,97 @@
+"""Rows with `messages` as OpenAI's API takes them: role and content, `tool_calls`, tool results.
+
+An assistant's tool calls become a function turn, with the text before the calls kept. Results of several calls that
+follow each other become one observation. The names of keys and roles can be changed with `tags`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.core.types import Example, Message
+from luthier.data.conversation import conversation, loss_weight
+from luthier.data.source import TAGS, BadRow, Columns, excerpt
+
+OWN_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "tool_calls",
+    "system_tag": "system",
+}
+"""What this format calls things, where the user does not say."""
+
+
+def read(row: Mapping[str, Any], columns: Columns) -> Example:
+    """One row as an Example; raises BadRow."""
+    tags = {tag: OWN_TAGS[tag] if name == TAGS[tag] else name for tag, name in columns.tags.items()}
+    turns = columns.need(row, "messages")
+    if not isinstance(turns, list):
+        raise BadRow(f"{columns.name('messages')!r} is not a list", excerpt(turns))
+    messages: list[Message] = []
+    for nth, turn in enumerate(turns, 1):
+        message = _message(turn, tags, f"message {nth}")
+        if message.role == "observation" and messages and messages[-1].role == "observation":
+            message = Message("observation", f"{messages.pop().content}\n{message.content}")
+        messages.append(message)
+    return conversation(row, columns, messages, lambda value, meaning: _choice(value, tags, meaning))
+
+
+def _message(turn: Any, tags: Mapping[str, str], where: str) -> Message:
+    if not isinstance(turn, Mapping) or tags["role_tag"] not in turn:
+        raise BadRow(f"a message without {tags['role_tag']!r}", f"{where}: {excerpt(turn)}")
+    roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "system")}
+    known = roles | {"developer": "system", "function": "observation"}
+    role = turn[tags["role_tag"]]
+    if not isinstance(role, str) or role not in known:
+        raise BadRow("unknown role", f"{where}: {excerpt(role)} is none of {', '.join(known)}")
+    text = _text(turn.get(tags["content_tag"]), where)
+    calls = turn.get(tags["function_tag"])
+    if not calls:
+        return Message(known[role], text, loss_weight(turn, where))
+    if known[role] != "assistant":
+        raise BadRow("tool calls outside an assistant message", where)
+    written = json.dumps([_call(call, where) for call in calls], ensure_ascii=False)
+    # The words that part text from calls are those templates expect in a function turn.
+    content = f"{text}<tool_call>{written}</tool_call>" if text else written
+    return Message("function", content, loss_weight(turn, where))
+
+
+def _text(content: Any, where: str) -> str:
+    """Content as text: a string, nothing, or a list of text parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise BadRow("a message that is not text", f"{where}: {excerpt(content)}")
+    return "".join(part["text"] for part in parts)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Name and arguments of one call; arguments written as a string of JSON are read, not escaped again."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise BadRow("a tool call without a name", f"{where}: {excerpt(call)}")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            raise BadRow("arguments of a tool call that are not JSON", f"{where}: {excerpt(arguments)}") from None
+    return {"name": function["name"], "arguments": arguments}
+
+
+def _choice(value: Any, tags: Mapping[str, str], meaning: str) -> Message:
+    if isinstance(value, str):
+        return Message("assistant", value)
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise BadRow(f"{meaning} is not one message", excerpt(value))
+        value = value[0]
+    return _message(value, tags, meaning)
