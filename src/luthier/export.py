@@ -64,13 +64,13 @@ class Exported:
     """Weights that differ from the base model's."""
     difference: float
     """Largest difference between logits of the saved model and of the model with the adapter attached."""
-    largest: float
-    """The largest of those logits, to compare with."""
+    moved: float
+    """Largest difference between logits of the base model and of the model with the adapter attached."""
 
     def __str__(self) -> str:
         return (
-            f"Saved {self.folder} ({self.dtype}). {self.changed} weights differ from the base model's; the saved model "
-            f"and the adapter agree: logits up to {self.largest:.3g} differ by {self.difference:.2g} at most."
+            f"Saved {self.folder} ({self.dtype}). {self.changed} weights differ from the base model's. The adapter "
+            f"moved the logits by up to {self.moved:.3g}; the saved model agrees with it to {self.difference:.2g}."
         )
 
 
@@ -98,7 +98,7 @@ def export(model_config: ModelConfig, adapter_config: AdapterConfig, config: Exp
     exact = replace(model_config, torch_dtype="auto")  # merging in 16 bits would round the small changes away
     model = load_model(exact, tokenizer=tokenizer, dtype=torch.float32, device=device)
     probes = _probes(len(tokenizer))
-    logits = _logits(model, probes)
+    before = logits = _logits(model, probes)
     base, changed = _digests(model, dtype), 0
     for folder in folders:
         model, logits = _merge(model, folder, probes)
@@ -113,7 +113,10 @@ def export(model_config: ModelConfig, adapter_config: AdapterConfig, config: Exp
         saved = _digests(model, dtype)
         del model
         difference = _check(folder, model_config, saved, probes, logits, device)
-    return Exported(target, str(dtype).removeprefix("torch."), changed, difference, float(logits.abs().max()))
+        moved, _ = _compare(logits, before)
+        if changed and difference > moved / 2:
+            raise ModelError(_unchanged(folders[-1], dtype))
+    return Exported(target, str(dtype).removeprefix("torch."), changed, difference, moved)
 
 
 def _target(config: ExportConfig) -> Path:
@@ -192,8 +195,8 @@ def _unchanged(folder: Path, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     hint = "" if name == "float32" else f", or its changes vanish in {name}; then export with infer_dtype: float32"
     return (
-        f"Merging {folder} changes no weight of the model: the merged model would be the base model. The adapter was "
-        f"never trained{hint}. Nothing was saved."
+        f"Merging {folder} changes nothing: the merged model would be the base model. The adapter was never "
+        f"trained{hint}. Nothing was saved."
     )
 
 
@@ -246,6 +249,6 @@ def _check(
     if not difference <= allowed:
         raise ModelError(
             f"The saved model does not say what the adapter says: logits up to {largest:.3g} differ by "
-            f"{difference:.2g}, more than {allowed:.2g}. Nothing was saved; try infer_dtype: float32."
+            f"{difference:.2g}, more than the {allowed:.2g} that rounding explains. Nothing was saved."
         )
     return difference
