@@ -53,14 +53,12 @@ def main(argv: Sequence[str]) -> int:
     from luthier.serving import load_engine
 
     command = parse_command(argv, "infer")
-    for flag, what in (("input", "a file of prompts"), ("output", "a .jsonl file for the answers")):
-        if flag not in command.flags:
-            raise ConfigError(f"--{flag} is missing: give {what}.")
     source, output = (Path(command.flags[flag]).expanduser() for flag in ("input", "output"))
     run = resolve(command.config, command.overrides, verb="infer")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
     examples = read_examples(source)
+    _make(output)
     speaker = load_engine(run)
     questions = [_question(row, example, speaker) for row, example in enumerate(examples)]
     done = resume(output, questions)
@@ -115,9 +113,6 @@ def resume(output: Path, questions: Sequence[Question]) -> set[int]:
 
     Raises DataError if the answers there are to other prompts.
     """
-    if not output.exists():
-        _make_folder(output)
-        return set()
     _take_off_half_line(output)
     prompts = {question.row: question.prompt for question in questions}
     done: set[int] = set()
@@ -183,7 +178,7 @@ def _take_off_half_line(output: Path) -> None:
             log.warning("%s ended in the middle of a line; that answer is made again.", output)
 
 
-def _make_folder(output: Path) -> None:
+def _make(output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()

@@ -68,13 +68,13 @@ def plot_loss(output_dir: str | Path, log_history: Logs) -> list[Path]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, the stronger the more values there are (as in LLaMA-Factory's plots)."""
+    """Exponential moving average, the stronger the more values there are (LLaMA-Factory's rule).
+
+    Taken forwards and backwards and averaged, so that it does not lag behind a falling curve.
+    """
     weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    smoothed: list[float] = []
-    for value in values:
-        last = smoothed[-1] if smoothed else value
-        smoothed.append(last * weight + (1 - weight) * value)
-    return smoothed
+    forwards, backwards = _average(values, weight), _average(values[::-1], weight)[::-1]
+    return [(a + b) / 2 for a, b in zip(forwards, backwards)]
 
 
 def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -120,6 +120,13 @@ def _curves(log_history: Logs) -> dict[str, list[tuple[int, float]]]:
             if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(_NOT_PLOTTED):
                 curves.setdefault(name, []).append((int(logs["step"]), float(value)))
     return curves
+
+
+def _average(values: Sequence[float], weight: float) -> list[float]:
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(weight * (smoothed[-1] if smoothed else value) + (1 - weight) * value)
+    return smoothed
 
 
 def _draw(path: Path, name: str, points: Sequence[tuple[int, float]]) -> Path:

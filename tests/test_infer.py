@@ -1,0 +1,224 @@
+"""`luthier infer`, called as the command line calls it, against answers generated one by one by transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from luthier import serving
+from luthier.cli import main
+from luthier.engines.hf import Engine
+from tests.conftest import CORPUS
+
+ASKED = ["Hello world", "What is the capital of France?", "one two three", "a", CORPUS[1], "goodbye " * 12]
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """The tiny model with weights that do not repeat one token, and no stop token that ends most answers at once."""
+    folder = tmp_path_factory.mktemp("infer-model")
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder
+
+
+def one_by_one(folder, asked, *, model=None, system=None, **keys):
+    """Transformers alone: chat template, one prompt, no padding."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = model or transformers.AutoModelForCausalLM.from_pretrained(folder)
+    answers = []
+    for messages in asked:
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=0, **keys,
+        )  # fmt: skip
+        answers.append((text, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    return answers
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(folder, source, output, *overrides):
+    config = source.parent / "infer.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ndo_sample: false\nmax_new_tokens: {NEW}\ninfer_batch_size: 2\nuse_cpu: true\n"
+    )
+    return main(["infer", str(config), "--input", str(source), "--output", str(output), *overrides])
+
+
+def lines(output):
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "in.jsonl", [{"prompt": text} for text in ASKED])
+
+
+def test_answers_are_those_of_each_prompt_alone(folder, source, tmp_path):
+    assert run(folder, source, tmp_path / "out" / "answers.jsonl") == 0
+    expected = one_by_one(folder, ASKED)
+    assert len({answer for _, answer in expected}) == len(ASKED)
+    assert lines(tmp_path / "out" / "answers.jsonl") == [
+        {"row": row, "prompt": text, "predict": answer} for row, (text, answer) in enumerate(expected)
+    ]
+
+
+def test_every_usual_shape_of_row_is_understood(folder, tmp_path):
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello world"},
+        {"role": "user", "content": "goodbye"},
+    ]
+    rows = [
+        {"messages": conversation},
+        {"messages": [*conversation, {"role": "assistant", "content": "bye"}]},
+        {"instruction": "add", "input": "one two", "output": "three", "system": "Be brief."},
+        {"instruction": "add", "history": [["Hello", "Hello world"]]},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "world"}]},
+        {"prompt": "Hello", "label": "world"},
+        {"text": "Hello"},
+    ]
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello world"}]
+    brief = one_by_one(folder, ["add\none two"], system="Be brief.")
+    plain = one_by_one(folder, [conversation, conversation, [*history, {"role": "user", "content": "add"}], "Hello"])
+    expected = [*plain[:2], *brief, plain[2], plain[3], plain[3], plain[3]]
+    run(folder, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    found = lines(tmp_path / "out.jsonl")
+    assert [(line["prompt"], line["predict"]) for line in found] == expected
+    assert [line.get("label") for line in found] == [None, "bye", "three", None, "world", "world", None]
+    assert ["label" in line for line in found] == [False, True, True, False, True, True, False]
+
+
+def test_json_and_txt_files_too(folder, tmp_path):
+    expected = one_by_one(folder, ASKED[:3])
+    (tmp_path / "in.txt").write_text("\n".join(ASKED[:3]) + "\n\n")
+    (tmp_path / "in.json").write_text(json.dumps([{"prompt": text} for text in ASKED[:3]]))
+    for name in ("in.txt", "in.json"):
+        output = tmp_path / f"{name}.out"
+        assert run(folder, tmp_path / name, output) == 0
+        assert [(line["prompt"], line["predict"]) for line in lines(output)] == expected
+
+
+def test_it_goes_on_where_it_stopped(folder, source, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    sampled = ("do_sample=true", "temperature=1.3", "seed=7")
+    run(folder, source, whole, *sampled)
+    kept = whole.read_bytes().splitlines(keepends=True)
+    broken.write_bytes(b"".join(kept[:3]) + kept[3][:20])  # killed in the middle of the fourth
+    asked = []
+    real = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda self, p, *a, **k: asked.append(len(p)) or real(self, p, *a, **k))
+    assert run(folder, source, broken, *sampled) == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert asked == [3]
+    assert run(folder, source, broken, *sampled) == 0
+    assert broken.read_bytes() == whole.read_bytes() and sum(asked) == 3
+
+
+def test_each_batch_is_on_disk_before_the_next_begins(folder, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", [{"prompt": text} for text in ASKED * 2])
+    seen = []
+    real = Engine.generate
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        Engine, "generate", lambda self, *a, **k: seen.append(len(lines(output))) or real(self, *a, **k)
+    )
+    run(folder, source, output)
+    assert seen == [0, 8] and len(lines(output)) == 12
+
+
+def test_seeds_change_sampled_answers_and_batches_do_not(folder, source, tmp_path):
+    outputs = {}
+    for name, keys in {"a": ["seed=1"], "b": ["seed=1", "infer_batch_size=5"], "c": ["seed=2"]}.items():
+        run(folder, source, tmp_path / name, "do_sample=true", "temperature=1.5", "top_p=1.0", *keys)
+        outputs[name] = [line["predict"] for line in lines(tmp_path / name)]
+    assert outputs["a"] == outputs["b"] and all(a != c for a, c in zip(outputs["a"], outputs["c"]))
+
+
+def test_an_adapter_speaks_too(folder, source, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    run(folder, source, tmp_path / "with.jsonl", f"adapter_name_or_path={tmp_path / 'adapter'}")
+    expected = one_by_one(folder, ASKED, model=adapted.eval())
+    assert [(line["prompt"], line["predict"]) for line in lines(tmp_path / "with.jsonl")] == expected
+    assert expected != one_by_one(folder, ASKED)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '{"row": 0, "prompt": "something else", "predict": ""}\n',
+            ["line 1", "row 0", "something else than the input"],
+        ),
+        ('{"row": 99, "prompt": "x", "predict": ""}\n', ["line 1", "row 99"]),
+        ("hello\n", ["line 1", "not JSON"]),
+        ('{"a": 1}\n', ["line 1", "no answer"]),
+    ],
+)
+def test_an_output_of_something_else_is_refused_and_kept(folder, source, tmp_path, capsys, text, words):
+    output = tmp_path / "out.jsonl"
+    output.write_text(text)
+    assert run(folder, source, output) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert output.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', ["in.jsonl", "line 2"]),
+        ('{"prompt": "a"}\n{"question": "b"}\n', ["in.jsonl", "row 2", "prompt"]),
+        ('{"messages": [{"role": "boss", "content": "b"}]}\n', ["row 1", "unknown role", "boss"]),
+        ("", ["empty"]),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_before_a_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch, content, words
+):
+    monkeypatch.setattr(serving, "load_engine", lambda run: pytest.fail("a model was loaded"))
+    (tmp_path / "in.jsonl").write_text(content)
+    assert run(folder, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_missing_files_and_flags_are_said(folder, source, tmp_path, capsys):
+    assert run(folder, tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl") == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert main(["infer", str(tmp_path / "infer.yaml"), "--input", str(source)]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_a_model_is_loaded(folder, source, capsys, monkeypatch):
+    monkeypatch.setattr(serving, "load_engine", lambda run: pytest.fail("a model was loaded"))
+    assert run(folder, source, source / "out.jsonl") == 2
+    assert "--output" in capsys.readouterr().err
