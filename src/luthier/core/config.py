@@ -225,6 +225,8 @@ class _Gate:
     def turn_away(self, key: str, foreign: Mapping[str, str]) -> None:
         """Say what a key is that no part of this run owns."""
         if key in foreign:
+            if self.values[key] is None:
+                return
             self.warnings.append(f"{self.at(key)}{key} belongs to {foreign[key]}; it has no effect in this run.")
             return
         mine = [name for owner in self.owners for name in owner.keys]

@@ -101,9 +101,9 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
 
 
 def _cpu_precision(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -> TrainConfig:
-    half = [name for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval") if keys.get(name)]
+    half = [name for name in ("bf16", "fp16") if keys.get(name)]
     if _native_bf16():
-        half = [name for name in half if name.startswith("fp16")]
+        half = [name for name in half if name == "fp16"]
     elif train.pure_bf16:
         half.append("pure_bf16")
         train = replace(train, pure_bf16=False)
@@ -111,7 +111,7 @@ def _cpu_precision(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
         if name != "pure_bf16":
             keys[name] = False
     if half:
-        kind = "float16" if all(name.startswith("fp16") for name in half) else "bfloat16"
+        kind = "float16" if half == ["fp16"] else "bfloat16"
         notes.append(f"{', '.join(half)}: this CPU has no native {kind}, so the run computes in float32.")
     return train
 

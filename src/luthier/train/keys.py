@@ -17,6 +17,8 @@ from luthier.core.compat import Refused
 from luthier.core.config import Key, default_of
 
 _PREDICTIONS = "evaluation takes the objective's own loss and metrics, nothing is gathered; leave the key out"
+_LOADER = "rows are loaded by Luthier's own loader, which decides this; leave the key out"
+_FULL_EVAL = "evaluation runs in the precision of training; leave the key out"
 _UPLOAD = "pushing to the hub is not supported yet; when the run is done, upload its folder with `hf upload`"
 _COMPILE = "torch.compile is not supported yet; leave the key out"
 _LIGER = "Liger kernels are not supported yet; logits are computed in chunks anyway"
@@ -52,6 +54,13 @@ RULES: dict[str, Refused] = {
         ("random",), f"{_LENGTHS}. For the rows' own order write disable_shuffling: true"
     ),
     "length_column_name": Refused(("length",), _LENGTHS),
+    "dataloader_drop_last": Refused((False,), "every row is trained once per epoch; leave the key out"),
+    "dataloader_pin_memory": Refused((True, False), _LOADER),
+    "dataloader_multiprocessing_context": Refused((None,), _LOADER),
+    "dataloader_in_order": Refused((True,), _LOADER),
+    "prediction_loss_only": Refused((False, True), _PREDICTIONS),
+    "bf16_full_eval": Refused((False,), _FULL_EVAL),
+    "fp16_full_eval": Refused((False,), _FULL_EVAL),
     "do_predict": Refused((False,), "answers to a data set are written by `luthier infer CONFIG`"),
 }
 

@@ -56,9 +56,8 @@ def _ranges(keys: Mapping[str, Any]) -> Iterator[Complaint]:
 
 
 def _precision(keys: Mapping[str, Any]) -> Iterator[Complaint]:
-    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
-        if keys[one] and keys[other]:
-            yield (other, one), f"{one} and {other} are both true. Keep one; {one} where the hardware has it."
+    if keys["bf16"] and keys["fp16"]:
+        yield ("fp16", "bf16"), "bf16 and fp16 are both true. Keep one; bf16 where the hardware has it."
 
 
 def _best(keys: Mapping[str, Any]) -> Iterator[Complaint]:
