@@ -105,7 +105,11 @@ def run(**keys):
 
 def card(folder, made, metrics=None):
     path = report.write_card(
-        folder, made, metrics or {"eval_loss": 1.23456}, finished=datetime(2024, 5, 17), command="luthier train my.yaml"
+        folder,
+        made,
+        metrics or {"eval_loss": 1.23456},
+        finished=datetime(2024, 5, 17),
+        command=f"luthier train {folder}/my.yaml",
     )
     text = path.read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
@@ -134,7 +138,8 @@ def test_the_card_tells_no_secrets_and_no_places_on_this_machine(tmp_path):
         model_name_or_path=str(base), dataset=[{"path": str(data), "weight": 2}, "plain"], hf_hub_token="hf_secret",
         output_dir=str(tmp_path), cache_dir=str(tmp_path), finetuning_type="full", deepspeed=str(tmp_path / "ds.json"),
     )  # fmt: skip
-    front, text = card(tmp_path / "base-model", made)
+    front, text = card(tmp_path / "base-model", made, {"eval_loss": 1.0, "eval_runtime": 2.0, "epoch": 3.0})
     assert "base_model" not in front and front["library_name"] == "transformers"
+    assert "eval_runtime" not in text and "epoch" not in text
     assert str(tmp_path) not in text and "hf_secret" not in text
     assert "base-model" in text and "`rows.jsonl`, `plain`" in text

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Logs = Sequence[Mapping[str, Any]]
 
 _NOT_PLOTTED = ("step", "epoch", "learning_rate", "grad_norm", "total_flos", "tokens", "_runtime", "_per_second")
+_NOT_A_RESULT = ("_per_second", "_runtime", "total_flos", "epoch")
 _NOT_IN_CARD = ("output_dir", "logging_dir", "cache_dir", "token", "api_key", "dataset_dir", "run_name", "report_to")
 _PACKAGES = ("luthier", "transformers", "torch", "peft", "datasets", "tokenizers")
 
@@ -100,8 +101,8 @@ def write_card(
         stage=run.stage,
         method=run.adapter.finetuning_type,
         data=", ".join(f"`{name}`" for name in _datasets(run.data.dataset)) or "data the configuration names",
-        command=command,
-        results=_table(("Measure", "Value"), {name: _number(value) for name, value in metrics.items()}),
+        command=" ".join(_name(word) for word in command.split()),
+        results=_table(("Measure", "Value"), _results(metrics)),
         keys=_table(("Key", "Value"), _shown(run.keys)),
         versions="\n".join(f"- {name} {number}" for name, number in _versions().items()),
         date=f"{finished:%Y-%m-%d}",
@@ -185,6 +186,10 @@ def _shown(keys: Mapping[str, Any]) -> dict[str, str]:
 def _table(heads: tuple[str, str], rows: Mapping[str, str]) -> str:
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join([f"| {heads[0]} | {heads[1]} |", "| --- | --- |", *lines])
+
+
+def _results(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: _number(value) for name, value in metrics.items() if not name.endswith(_NOT_A_RESULT)}
 
 
 def _number(value: float) -> str:
