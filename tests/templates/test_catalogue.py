@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from luthier.core.registry import every
 from luthier.core.types import Message
 from luthier.data.template import TemplateConfig, find_template, make_renderer
+from tests.templates import official
 from tests.templates.golden import EFFICIENT, GOLDEN, PLAIN, TERMINATORS
 
 NAMES = sorted(name for module in every("templates") for name in module.TEMPLATES)
@@ -144,3 +145,39 @@ def test_options_of_one_run_do_not_reach_the_next(tok):
     assert shown(other, bind("qwen", other).pairs(TALK)) == GOLDEN["qwen"].replace(
         "S<", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<"
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("system", ["S", ""])
+def test_a_tokenizer_without_chat_template_is_given_this_one(name, system, tok):
+    renderer = bind(name, tok)
+    talk = (Message("user", "it's {{ x }}\\n"), *TALK[1:])
+    dicts = [{"role": "system", "content": system}] + [{"role": m.role, "content": m.content} for m in talk]
+    ours = "".join(tok.decode(part) for pair in renderer.pairs(talk, system=system) for part in pair)
+    if find_template(name).reasoning:
+        ours = ours.replace("<think>\n\n</think>\n\n", "")
+    assert tok.apply_chat_template(dicts, tokenize=False) == ours
+    assert tok.apply_chat_template(dicts[1:4], tokenize=False, add_generation_prompt=True) == tok.decode(
+        renderer.prompt(talk[:3])
+    )
+
+
+@pytest.mark.parametrize("thinking", [False, None])
+def test_it_asks_as_the_renderer_asks(thinking, tok):
+    renderer = bind("qwen3", tok, enable_thinking=thinking)
+    asked = tok.apply_chat_template([{"role": "user", "content": "U1"}], tokenize=False, add_generation_prompt=True)
+    assert asked == tok.decode(renderer.prompt(TALK[:1]))
+    assert asked.endswith("<think>\n\n</think>\n\n")
+
+
+def test_the_makers_chat_template_is_kept_and_a_difference_told(tok, caplog):
+    tok.chat_template = official.SMOLLM2
+    bind("qwen3_nothink", tok)
+    assert tok.chat_template == official.SMOLLM2
+    assert "named SmolLM" in caplog.text
+    caplog.clear()
+    tok.chat_template = official.QWEN25
+    bind("qwen", tok)
+    assert not caplog.records
+    bind("chatml", tok)
+    assert tok.chat_template != official.QWEN25

@@ -124,14 +124,16 @@ class ChatTemplateRenderer:
     def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
         cut: list[tuple[str, str]] = []
         done = 0
+        following = self._render(messages[:1], system, tools, ask=True)
         for i in range(1, len(messages), 2):
-            asked = self._render(messages[:i], system, tools, ask=True)
+            asked = following
             whole, spans = self._render_spans(messages[: i + 1], system, tools)
             self._check_prefix(asked, whole, i, "the prompt is not how the prompt with its response begins")
             self._check_content(messages[i - 1 : i + 1], asked[done:], whole[len(asked) :])
             end = len(whole)
             if i + 1 < len(messages):
-                end = self._turn_end(whole, self._render(messages[: i + 2], system, tools, ask=True), i)
+                following = self._render(messages[: i + 2], system, tools, ask=True)
+                end = self._turn_end(whole, following, i)
             start, stop = self._narrow(spans, len(asked), end, i)
             cut.append((whole[done:start], whole[start:stop]))
             done = stop

@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.core.errors import TemplateError
 from luthier.core.types import Example, Message
+from luthier.data.jinja import settle_chat_template
 from luthier.data.pieces import Pieces
 from luthier.data.reasoning import Reasoning
 from luthier.data.template import BOS, EOS, Template, TemplateConfig, Token
@@ -34,6 +35,13 @@ class SlotRenderer:
             else None
         )
         self._fit_tokenizer()
+        settle_chat_template(template, tokenizer, self._reasoning, self.name)
+        self._ids = {BOS: tokenizer.bos_token_id, EOS: tokenizer.eos_token_id} | {
+            slot: token_id(tokenizer, slot.text)
+            for part in _PARTS
+            for slot in template.slots(part)
+            if isinstance(slot, Token)
+        }
         constants = [slot for part in _PARTS for slot in template.slots(part) if isinstance(slot, str)]
         self._pieces = Pieces(tokenizer, [text for text in constants if "{{" not in text] + self._empty_thought())
         self._head = document_head(tokenizer)
@@ -155,12 +163,11 @@ class SlotRenderer:
     def _fill(self, part: str, content: str, idx: str = "") -> list[str | int]:
         """The slots of a part with the text put in, in one pass: what the text says is never read as a slot."""
         values = {"{{content}}": content, "{{idx}}": idx}
-        special = {BOS: self.tokenizer.bos_token_id, EOS: self.tokenizer.eos_token_id}
         filled: list[str | int] = []
         for slot in self.template.slots(part):
             if isinstance(slot, str):
                 filled.append(re.sub(r"\{\{(?:content|idx)\}\}", lambda match: values[match.group()], slot))
             else:
-                token = token_id(self.tokenizer, slot.text) if isinstance(slot, Token) else special[slot]
+                token = self._ids[slot]
                 filled += [] if token is None else [token]
         return filled

@@ -95,6 +95,8 @@ class Template:
     """The system prompt stands inside the first user message."""
     reasoning: bool = False
     """Thoughts follow the rules of `data/reasoning.py`."""
+    replace_chat_template: bool = False
+    """The tokenizer's own chat template gives way to this one when saved: no model's maker ships this one."""
     document_end: str | None = None
     """What ends a pre-training document; unset: eos."""
 

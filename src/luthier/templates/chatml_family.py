@@ -23,7 +23,9 @@ _QWEN3 = replace(
     replace_eos=True,
 )
 
-_CHATML_EOS = replace(_WITH_TOOL_TURNS, stop_words=("<|im_end|>", "<|im_start|>"), replace_eos=True)
+_CHATML_EOS = replace(
+    _WITH_TOOL_TURNS, stop_words=("<|im_end|>", "<|im_start|>"), replace_eos=True, replace_chat_template=True
+)
 
 TEMPLATES = {
     "chatml": _CHATML_EOS,

@@ -9,6 +9,7 @@ TEMPLATES = {
         user=("Human: {{content}}", EOS, "\nAssistant:"),
         assistant=("{{content}}", EOS, "\n"),
         system=("System: {{content}}", EOS, "\n"),
+        replace_chat_template=True,
     ),
     "empty": Template(assistant="{{content}}"),
     "alpaca": Template(
@@ -18,6 +19,7 @@ TEMPLATES = {
             "Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.\n\n"
         ),
+        replace_chat_template=True,
     ),
     "vicuna": Template(
         user="USER: {{content}} ASSISTANT:",
@@ -25,9 +27,10 @@ TEMPLATES = {
             "A chat between a curious user and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the user's questions."
         ),
+        replace_chat_template=True,
     ),
     "falcon": Template(user="User: {{content}}\nFalcon:", assistant="{{content}}\n", efficient_eos=True),
-    "fewshot": Template(assistant="{{content}}\n\n", efficient_eos=True),
+    "fewshot": Template(assistant="{{content}}\n\n", efficient_eos=True, replace_chat_template=True),
     "openchat": Template(
         user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:"),
         prefix=(BOS,),
