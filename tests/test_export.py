@@ -204,3 +204,17 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
 def test_random_weights_are_not_exported(tmp_path):
     with pytest.raises(ConfigError, match="train_from_scratch"):
         export(ModelConfig(model_name_or_path="x", train_from_scratch=True), AdapterConfig(), to(tmp_path))
+
+
+def test_the_command(tmp_path, caplog):
+    base, adapter, wanted = make(tmp_path)
+    config = tmp_path / "export.yaml"
+    config.write_text(
+        f"model_name_or_path: {base.model_name_or_path}\nadapter_name_or_path: {adapter.adapter_name_or_path}\n"
+    )
+    with pytest.raises(ConfigError, match="export_dir"):
+        module.main([str(config)])
+    with caplog.at_level("INFO", logger="luthier"):
+        assert module.main([str(config), f"export_dir={tmp_path}/out/merged"]) == 0
+    saved = load_model(ModelConfig(model_name_or_path=str(tmp_path / "out" / "merged")))
+    torch.testing.assert_close(logits(saved), wanted, rtol=1e-5, atol=1e-5)

@@ -76,11 +76,13 @@ class Exported:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier export CONFIG [key=value ...]`."""
+    from luthier.cli import parse_command
     from luthier.run import resolve
 
-    if not argv:
-        raise ConfigError("Usage: luthier export CONFIG [key=value ...]")
-    run = resolve(argv[0], argv[1:], verb="export")
+    command = parse_command(argv, "export")
+    run = resolve(command.config, command.overrides, verb="export")
+    for line in (*run.warnings, *run.notes):
+        log.info("%s", line)
     log.info("%s", export(run.model, run.adapter, run.export))
     return 0
 

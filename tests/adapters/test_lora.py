@@ -60,6 +60,43 @@ def test_a_head_in_the_place_of_lm_head_is_left_out_of_all():
     assert places(adapted) == LINEAR
 
 
+def test_modules_it_does_not_reach_are_pointed_out(caplog):
+    """Experts are stacked weights; for DeepSeek peft wraps these and drops the linear modules of the same names."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+
+    from tests.conftest import TINY
+
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    qwen = Qwen3MoeConfig(**TINY, **experts, num_experts=4, head_dim=8)
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    groups = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    deepseek = DeepseekV3Config(**TINY, **experts, **ranks, **groups)
+    for config, frozen in (
+        (qwen, "model.layers.0.mlp.experts.gate_up_proj"),
+        (deepseek, "model.layers.0.mlp.gate_proj"),
+    ):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="luthier"):
+            model = with_lora(AutoModelForCausalLM.from_config(config))
+        assert frozen in caplog.text
+        held = dict(model.named_parameters())
+        name = next(name for name in held if frozen in name)
+        assert not held[name].requires_grad and not any(frozen in name and "lora_" in name for name in held)
+    caplog.clear()
+    with_lora()
+    assert not caplog.records
+
+
+def test_what_peft_refuses_is_said_plainly():
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=1, state_size=4, eos_token_id=5, bos_token_id=1
+    )
+    with pytest.raises(ConfigError, match="LoRA cannot be put on this model.*out_proj"):
+        with_lora(AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize("target", ["q_proj, v_proj", ["q_proj", "v_proj"]])
 def test_named_modules(target):
     assert places(with_lora(lora_target=target)) == {"q_proj", "v_proj"}

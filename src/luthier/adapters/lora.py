@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError
+from luthier.core.log import get_logger
 from luthier.model.modules import as_names, embeddings, linear, matching, short, tied
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+log = get_logger("adapters")
 
 IS_ADAPTER = True
 """What is trained is saved as an adapter folder, which `adapter_name_or_path` takes back."""
@@ -52,12 +55,13 @@ def apply(model: PreTrainedModel, config: Config, *, also: tuple[str, ...], seed
     shared = tied(model) and bool(set(whole) & set(embeddings(model)))
     if shared:  # peft ties the trained copies only if it is told of both names
         whole = [*whole, *(name for name in embeddings(model) if name not in whole)]
+    targets = _targets(model, config, whole)
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=_targets(model, config, whole),
+        target_modules=short(targets, [name for name in modules if name not in targets]),
         modules_to_save=short(whole, [name for name in modules if name not in whole]) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -65,18 +69,35 @@ def apply(model: PreTrainedModel, config: Config, *, also: tuple[str, ...], seed
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return get_peft_model(model, settings)
+        try:
+            adapted = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(f"lora_target: LoRA cannot be put on this model: {error}") from error
+    _point_out_frozen(adapted, targets)
+    return adapted
+
+
+def _point_out_frozen(model: PeftModel, targets: list[str]) -> None:
+    """Say what LoRA did not reach. Experts of a mixture are stacked into one weight, which is no linear module; for
+    some architectures peft wraps those instead of the linear modules of the same names."""
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in model.named_parameters()}
+    reached = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
+    stacked = [name for name, weight in weights.items() if weight.dim() == 3 and ".base_layer." not in name]
+    frozen = [name for name in targets if name not in reached] + stacked
+    if frozen:
+        some = ", ".join(frozen[:3]) + (" ..." if len(frozen) > 3 else "")
+        log.warning("LoRA does not reach %d modules, which stay frozen: %s", len(frozen), some)
 
 
 def _targets(model: PreTrainedModel, config: Config, whole: list[str]) -> list[str]:
+    """Whole names of the modules that get matrices; those in `whole` are trained in full already."""
     everything = linear(model)
     wanted = as_names(config.lora_target)
     chosen = everything if "all" in wanted else matching("lora_target", wanted, _possible(model))
     chosen = [name for name in chosen if name not in whole]
     if not chosen:
         raise ConfigError("lora_target: every module it names is already trained in full by additional_target.")
-    rest = [name for name, _ in model.named_modules() if name and name not in chosen]
-    return short(chosen, rest)
+    return chosen
 
 
 def _possible(model: PreTrainedModel) -> list[str]:

@@ -184,6 +184,8 @@ def _fetch(name: str, model_config: ModelConfig) -> Path:
 
 def _check_shapes(model: PreTrainedModel, folder: Path) -> None:
     from safetensors import safe_open
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     modules = dict(model.named_modules())
     prefix, suffix = "base_model.model.", ".lora_A.weight"
@@ -191,17 +193,17 @@ def _check_shapes(model: PreTrainedModel, folder: Path) -> None:
         for key in file.keys():
             if not (key.startswith(prefix) and key.endswith(suffix)):
                 continue
-            name = key[len(prefix) : -len(suffix)]
+            name = key[len(prefix) : -len(suffix)].removesuffix(".base_layer")  # experts are wrapped twice
             if name not in modules:
                 raise ModelError(
                     f"The adapter {folder} was made for another model: it changes {name}, which "
                     f"{type(model).__name__} does not have."
                 )
-            width = file.get_slice(key).get_shape()[1]
-            if width not in modules[name].weight.shape:
+            width, here = file.get_slice(key).get_shape()[1], modules[name]
+            if isinstance(here, (nn.Linear, Conv1D)) and width not in here.weight.shape:
                 raise ModelError(
                     f"The adapter {folder} was made for another model: {name} takes {width} numbers there and has "
-                    f"shape {tuple(modules[name].weight.shape)} here."
+                    f"shape {tuple(here.weight.shape)} here."
                 )
 
 
