@@ -1,0 +1,82 @@
+"""The files shown in CONTRIBUTING.md work as they stand, in a user's own folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from luthier.core import registry
+from luthier.core.types import Answer, Example, Message
+
+GUIDE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+EXAMPLE = Example((Message("user", "What is a luthier?"),), (Answer((Message("assistant", "She makes violins."),)),))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A plugins folder with every file of the guide."""
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+        name = re.match(r"# (\S+\.py)\n", block)
+        assert name, "the first line of a file in the guide is its name"
+        (tmp_path / name[1]).parent.mkdir(exist_ok=True)
+        (tmp_path / name[1]).write_text(block)
+    monkeypatch.setattr(registry, "_plugins", [])
+    registry.use_plugins(tmp_path)
+    return tmp_path
+
+
+def test_the_stage_weighs_tokens_by_their_probability(mine, tokenizer):
+    import torch
+    from tests.conftest import build_model
+
+    from luthier.data.layout import collate
+    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.model.policy import PolicySetup
+
+    stage = registry.find("objectives", "dft")
+    renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
+    objective = stage.Dft(stage.DftConfig(dft_power=1.0))
+    (encoded,) = objective.encode(EXAMPLE, renderer, cutoff_len=64)
+    model = build_model("llama", dtype=torch.float64).eval()
+    batch = collate([(encoded, "row 1")], layout="padded", pad_id=3)
+    loss, logs = objective.loss(PolicySetup(model).bind(), batch)
+
+    path = encoded.paths[0]
+    with torch.no_grad():
+        probs = model(torch.tensor([path.ids])).logits[0].softmax(-1)
+    trained = [(i, token) for i, (token, weight) in enumerate(zip(path.ids, path.weights)) if weight]
+    p = [probs[i - 1, token].item() for i, token in trained]
+    assert loss.item() == pytest.approx(sum(-x * math.log(x) for x in p) / len(p), rel=1e-6)
+    assert logs["weight"].item() == pytest.approx(sum(p) / len(p), rel=1e-6)
+
+
+def test_the_stage_cuts_and_counts(mine, tokenizer):
+    from luthier.data.template import TemplateConfig, make_renderer
+
+    renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
+    objective = registry.find("objectives", "dft").Dft()
+    (whole,) = objective.encode(EXAMPLE, renderer, cutoff_len=1000)
+    (cut,) = objective.encode(EXAMPLE, renderer, cutoff_len=12)
+    assert len(cut.paths[0].ids) == 12
+    assert cut.truncated == len(whole.paths[0].ids) - 12
+
+
+def test_the_format_reads_and_refuses(mine):
+    from luthier.data.source import BadRow
+
+    faq = registry.find("formats", "faq")
+    example = faq.read({"q": "Why?", "a": "Because."}, None)
+    assert (example.prompt[0].content, example.answers[0].messages[0].content) == ("Why?", "Because.")
+    with pytest.raises(BadRow, match="empty"):
+        faq.read({"q": "Why?"}, None)
+
+
+def test_the_template_is_written_as_shown(mine, tokenizer):
+    from luthier.data.template import TemplateConfig, make_renderer
+
+    renderer = make_renderer(TemplateConfig(template="plain_talk"), tokenizer)
+    prompt = renderer.prompt(EXAMPLE.prompt, system="Be kind.")
+    assert tokenizer.decode(prompt) == "Be kind.\n\nUser: What is a luthier?\nAssistant: "
