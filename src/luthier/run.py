@@ -115,7 +115,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
         owners.append(owner("adapter_keys", adapter.Config, f"finetuning_type {kind}"))
     settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED)
     settled.problems.extend(misses)
-    if not misses and {item.name for item in owners} <= {"model", *settled.sections}:
+    if {item.name for item in owners} <= {"model", *settled.sections}:
         settled.problems.extend(_cross_check(given, settled, verb))
     refuse(given.source, settled.problems)
     assert objective is not None

@@ -239,7 +239,7 @@ def test_all_problems_of_a_file_together_in_its_order(tmp_path):
     path = write(tmp_path, "geers: 4\n\nspeed: quick\nloud: 3\nmode: fats\nold: 2\n")
     text = problems(read(path, ["partz=a"]), refused={"old": Refused((1,), "gone")})
     assert text.splitlines()[:6] == [
-        f"{path} has 7 problems:",
+        f"7 problems in {path}:",
         f"  {path}:1: geers: no such key; did you mean 'gears'?",
         f"  {path}:3: speed: expected a number, got 'quick'.",
         f"  {path}:4: loud: expected true or false, got 3.",

@@ -154,7 +154,7 @@ def refuse(source: Source, problems: Iterable[Problem]) -> None:
     lines = sorted({str(problem): problem for problem in problems}.values(), key=_in_file_order)
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ConfigError("\n".join([f"{source.name} has {count}:", *(f"  {line}" for line in lines)]))
+        raise ConfigError("\n".join([f"{count} in {source.name}:", *(f"  {line}" for line in lines)]))
 
 
 def _in_file_order(problem: Problem) -> tuple[int, int]:

@@ -24,8 +24,6 @@ class TrainConfig:
 
     overwrite_output_dir: bool = False
     """Start afresh in an output folder that holds checkpoints. Without it the run goes on from the last of them."""
-    allow_config_change: bool = False
-    """Resume from a checkpoint although the configuration differs from the one it was made with."""
     plot_loss: bool = False
     """Draw `training_loss.png` when the run is done."""
     compute_accuracy: bool = False

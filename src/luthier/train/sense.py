@@ -72,7 +72,7 @@ def _best(keys: Mapping[str, Any]) -> Iterator[Complaint]:
         every = keys["eval_steps"] or keys["logging_steps"]
         ratio = keys["save_steps"] / every if every else 0
         if not every or abs(ratio - round(ratio)) > 1e-9 or round(ratio) < 1 or (every < 1) != (keys["save_steps"] < 1):
-            text = f"expected save_steps ({keys['save_steps']}) to be a multiple of eval_steps ({every})"
+            text = f"expected save_steps ({keys['save_steps']:g}) to be a multiple of eval_steps ({every:g})"
             yield ("save_steps", "eval_steps", "load_best_model_at_end"), f"{text}, so that what is saved is evaluated."
 
 
