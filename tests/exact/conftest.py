@@ -33,11 +33,8 @@ def in_double(model: nn.Module) -> nn.Module:
 def plain_nll(model, path: Path) -> list[tuple[float, torch.Tensor]]:
     """(weight, -log p) of every supervised token of one path, from a forward pass of its own."""
     logits = model(input_ids=torch.tensor([path.ids]), use_cache=False).logits[0].double()
-    found = []
-    for i in range(1, len(path.ids)):
-        if path.weights[i]:
-            found.append((path.weights[i], -logits[i - 1].log_softmax(-1)[path.ids[i]]))
-    return found
+    supervised = [i for i in range(1, len(path.ids)) if path.weights[i]]
+    return [(path.weights[i], -logits[i - 1].log_softmax(-1)[path.ids[i]]) for i in supervised]
 
 
 def plain_loss(model, items: list[Encoded]) -> torch.Tensor:

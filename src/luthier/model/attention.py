@@ -1,6 +1,6 @@
 """The one attention rule, `k <= q < end[k]`, computed by whichever backend suits the batch.
 
-    causal     rows that hold one chain each: plain causal attention, padding sits to the right and is never seen
+    plain      rows that hold one chain each: the model's own causal attention; padding sits to the right, unseen
     dense      a boolean [T, T] mask for SDPA: few, short runs
     segments   run by run on CPU: each run attends to the runs above it and causally to itself, so that nothing
                outside the rule is computed (a dense mask computes all T x T pairs)
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.core.batch import Batch
+from luthier.core.errors import ModelError
 
 NAME = "luthier"
 """The attention implementation registered with transformers."""
@@ -69,7 +70,7 @@ def choose(batch: Batch, *, backend: str | None = None) -> Plan:
 
 def _cheapest(batch: Batch) -> str:
     if batch.layout == "padded":
-        return "causal"
+        return "plain"
     if batch.ids.is_cuda:
         return "flex"
     dense = batch.ids.shape[1] ** 2
@@ -103,21 +104,27 @@ def install(model: nn.Module) -> str:
 def forward_arguments(model_config: Any, implementation: str, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """The mask-related keyword arguments of the model's forward call.
 
-    A 4-D mask is returned as it is by transformers' mask builders, which also keeps them from guessing packed
+    Padded rows need none: that is what every model computes by itself. Else positions and a mask go together; a 4-D mask is returned as it is by transformers' mask builders, which also keeps them from guessing packed
     documents out of the positions.
     """
+    if plan.kind == "plain":
+        return {}
     if implementation == NAME:
         placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.end.device)
-        return {"attention_mask": placeholder, "luthier_plan": plan}
+        return {"position_ids": plan.position, "attention_mask": placeholder, "luthier_plan": plan}
     kinds = getattr(model_config, "layer_types", None)
     window = getattr(model_config, "sliding_window", None)
     masks = {
         "full_attention": lambda: _additive(plan.mask(None), dtype),
         "sliding_attention": lambda: _additive(plan.mask(window), dtype),
     }
-    if kinds:
-        return {"attention_mask": {kind: masks[kind]() for kind in sorted(set(kinds))}}
-    return {"attention_mask": masks["sliding_attention" if window else "full_attention"]()}
+    if not kinds:
+        mask = masks["sliding_attention" if window else "full_attention"]()
+        return {"position_ids": plan.position, "attention_mask": mask}
+    unknown = sorted(set(kinds) - set(masks))
+    if unknown:
+        raise ModelError(f"layers of the kind {', '.join(unknown)} take no attention mask")
+    return {"position_ids": plan.position, "attention_mask": {kind: masks[kind]() for kind in sorted(set(kinds))}}
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,12 +158,6 @@ def attend(
     window = kwargs.get("sliding_window")
     out = BACKENDS[luthier_plan.kind](luthier_plan, query, key, value, scaling, dropout, window)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _causal(plan: Plan, query, key, value, scale, dropout, window):
-    if window is not None and window < query.shape[2]:
-        return _dense(plan, query, key, value, scale, dropout, window)
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, is_causal=True)
 
 
 def _dense(plan: Plan, query, key, value, scale, dropout, window):
@@ -231,4 +232,4 @@ def _compiled_flex(on_gpu: bool) -> Any:
     return _flex_kernel[0]
 
 
-BACKENDS = {"causal": _causal, "dense": _dense, "segments": _segments, "flex": _flex}
+BACKENDS = {"dense": _dense, "segments": _segments, "flex": _flex}

@@ -129,7 +129,7 @@ class ModelPolicy:
         dtype = self._setup.model.get_input_embeddings().weight.dtype
         masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
         with setup.tap.opened() as tap:
-            self._model(input_ids=batch.ids, position_ids=batch.position, use_cache=False, **masks)
+            self._model(input_ids=batch.ids, use_cache=False, **masks)
             hidden = tap.hidden
         assert hidden is not None, "the output head was not called"
         flat = hidden.reshape(-1, hidden.shape[-1])

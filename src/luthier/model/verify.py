@@ -30,11 +30,16 @@ class Verdict:
     tolerance: float
     compared: int
     """Supervised tokens compared."""
+    refusal: str = ""
+    """What the model said where it would not compute the layout at all."""
 
     @property
     def holds(self) -> bool:
         """Whether the layout computes what the plain computation does."""
         return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return self.refusal or f"log-probs differ by {self.difference:.3g} nats, tolerance {self.tolerance:g}"
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
-from luthier.core.errors import TrainingError
+from luthier.core.batch import Batch
+from luthier.core.errors import ModelError, TrainingError
 from luthier.core.log import get_logger
 from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.plan import Choice, choose_layout, pack
 from luthier.model.policy import PolicySetup
-from luthier.model.verify import verify
+from luthier.model.verify import Verdict, verify
 from luthier.train.sampler import Bundles, Collator
 
 log = get_logger("train")
@@ -86,7 +87,7 @@ def lay_out(
     for attempt in dict.fromkeys((layout, "padded")) if check else ():
         device = next(setup.model.parameters()).device
         batch = collate(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
-        verdict = verify(setup, batch)
+        verdict = _verdict(setup, batch)
         if verdict.holds:
             log.info(
                 "first batch checked: %s rows agree with one plain forward pass per answer to %.1e nats",
@@ -103,12 +104,21 @@ def lay_out(
                 "after the output head in a way Luthier does not know. Set verify_layout: false only if you know why."
             )
         log.warning(
-            "WARNING: %s does not honour the attention mask of %s rows (log-probs differ by %.3g nats per token, "
-            "tolerance %g). Falling back to padded rows: exact, but slower.",
+            "WARNING: %s does not honour the attention mask of %s rows (%s). Falling back to padded rows: exact, but "
+            "slower.",
             model,
             attempt,
-            verdict.difference,
-            verdict.tolerance,
+            verdict,
         )
     collator = Collator(collate, layout=layout, pad_id=pad_id, columns=tuple(columns))
     return Rows(train, collator, layout)
+
+
+def _verdict(setup: PolicySetup, batch: Batch) -> Verdict:
+    """What the check finds; a model that cannot even take the mask fails it, with its reason."""
+    try:
+        return verify(setup, batch)
+    except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        if batch.layout == "padded":
+            raise
+        return Verdict(float("inf"), 0.0, 0, f"{type(error).__name__}: {error}")
