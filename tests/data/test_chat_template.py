@@ -151,16 +151,45 @@ class TestGenerationBlocks:
             bind(tok, swapped).pairs(TALK)
 
 
-class TestRefused:
-    def test_no_chat_template(self, tok):
-        tok.chat_template = None
-        with pytest.raises(TemplateError, match="template: chatml"):
+def test_prompts_after_a_turn_without_the_closing_eos(tok):
+    renderer = bind(tok, official.PHI3)
+    pairs = renderer.pairs(TALK)
+    assert renderer.prompt(TALK[:3]) == pairs[0][0] + pairs[0][1] + pairs[1][0]
+
+
+class TestDocumentsOnly:
+    @pytest.mark.parametrize(
+        ("template", "problem"),
+        [(None, "template: chatml"), (official.GLM4, "learn to stop"), ("{% for m in messages %}", "cannot render")],
+    )
+    def test_conversations_are_refused_with_the_reason(self, tok, template, problem):
+        tok.chat_template = template
+        renderer = bind(tok)
+        example = Example(TALK[:3], (Answer(TALK[3:]),))
+        for call in (
+            lambda: renderer.pairs(TALK),
+            lambda: renderer.oneturn(TALK),
+            lambda: renderer.prompt(TALK[:1]),
+            lambda: renderer.texts(example),
+        ):
+            with pytest.raises(ConfigError, match=problem):
+                call()
+
+    def test_documents_are_rendered(self, tok):
+        tok.chat_template = tok.pad_token = None
+        renderer = pickle.loads(pickle.dumps(bind(tok)))
+        renderer.warm(["dog"])
+        assert tok.decode(renderer.document("dog")) == "dog</s>"
+        assert renderer.stop_ids == (tok.eos_token_id,)
+        assert tok.pad_token == "</s>"
+
+    def test_without_eos_not_even_those(self, tok):
+        tok.chat_template = tok.eos_token = None
+        with pytest.raises(ConfigError, match="eos_token"):
             bind(tok)
 
-    def test_no_end_of_turn(self, tok):
-        with pytest.raises(TemplateError, match="learn to stop"):
-            bind(tok, official.GLM4)
 
+class TestRefused:
     def test_the_template_s_own_complaint_is_told(self, tok):
         renderer = bind(
             tok,
@@ -170,10 +199,6 @@ class TestRefused:
         )
         with pytest.raises(TemplateError, match="too long"):
             renderer.pairs(TALK)
-
-    def test_a_broken_template(self, tok):
-        with pytest.raises(TemplateError, match="cannot render"):
-            bind(tok, "{% for m in messages %}")
 
     @pytest.mark.parametrize("key", [{"tool_format": "qwen"}, {"efficient_eos": True}, {"replace_eos": False}])
     def test_keys_that_only_named_templates_have(self, tok, key):

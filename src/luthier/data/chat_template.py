@@ -73,14 +73,10 @@ class ChatTemplateRenderer:
     def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
         """See Renderer."""
         check_order(messages, response_last=False, template=self.name)
-        whole = self._render(messages, system, tools, ask=True)
-        if len(messages) == 1:
-            return list(self._pieces(whole))
-        cut = self._cut(messages[:-1], system, tools, strict=False)
-        begun = "".join(source + response for source, response in cut)
-        if not whole.startswith(begun):
-            return list(self._pieces(whole))
-        return self._joined(cut) + self._pieces(whole[len(begun) :])
+        try:
+            return self._joined(self._cut_turns(messages, system, tools))
+        except Rewritten:
+            return list(self._pieces(self._render(messages, system, tools, ask=True)))
 
     def document(self, text: str) -> list[int]:
         """See Renderer."""
@@ -122,6 +118,7 @@ class ChatTemplateRenderer:
             return self._cut_last(messages, system, tools)
 
     def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
+        """(source, response) texts per exchange, the last response empty if the model is to speak next."""
         cut: list[tuple[str, str]] = []
         done = 0
         following = self._render(messages[:1], system, tools, ask=True)
@@ -137,7 +134,7 @@ class ChatTemplateRenderer:
             start, stop = self._narrow(spans, len(asked), end, i)
             cut.append((whole[done:start], whole[start:stop]))
             done = stop
-        return cut
+        return cut if len(messages) % 2 == 0 else [*cut, (following[done:], "")]
 
     def _cut_last(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
         last = len(messages) - 1
@@ -220,7 +217,7 @@ class ChatTemplateRenderer:
                 **self.tokenizer.special_tokens_map,
                 **self._variables,
             )
-        except (JinjaError, TypeError, AttributeError) as error:
+        except (JinjaError, TypeError, AttributeError, ValueError) as error:
             raise TemplateError(f"the tokenizer's chat template cannot render this conversation: {error}") from error
         return rendered[0], (found[0] if spans else [])
 
