@@ -28,7 +28,7 @@ BASE = {"model_name_or_path": "some/model", "dataset": "mine", "output_dir": "ou
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
     """A machine without accelerator and without native bfloat16, whatever the tests run on."""
-    monkeypatch.setattr(training, "_accelerator", lambda: False)
+    monkeypatch.setattr(training, "has_accelerator", lambda: False)
     monkeypatch.setattr(training, "_native_bf16", lambda: False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -219,7 +219,7 @@ CONFLICTS = [
     ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor"),
     ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, "gradient_checkpointing: contradicts"),
     ({"gradient_checkpointing": True, "activation_checkpointing": False}, "mean the same and differ"),
-    ({"fsdp": "full_shard", "use_cpu": True}, "FSDP does nothing on a CPU"),
+    ({"fsdp": "full_shard"}, "FSDP does nothing on a CPU"),
     ({"remove_unused_columns": True}, "remove_unused_columns: a batch has no columns"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size"),
@@ -275,7 +275,7 @@ def test_native_bf16_is_used(monkeypatch):
     ],
 )
 def test_gradient_checkpointing(monkeypatch, accelerator, keys, on):
-    monkeypatch.setattr(training, "_accelerator", lambda: accelerator)
+    monkeypatch.setattr(training, "has_accelerator", lambda: accelerator)
     found = resolve(BASE | keys).training
     assert found["activation_checkpointing"] is on
     assert found.get("activation_checkpointing_kwargs") == ({"use_reentrant": False} if on else None)

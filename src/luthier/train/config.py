@@ -58,7 +58,7 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
     resume = keys.get("resume_from_checkpoint")
     if isinstance(resume, str) and resume.lower() in SWITCH:
         keys["resume_from_checkpoint"] = SWITCH[resume.lower()]
-    if not keys.get("use_cpu") and not _accelerator():
+    if not keys.get("use_cpu") and not has_accelerator():
         keys["use_cpu"] = True
     if keys.get("use_cpu"):
         train = _cpu_precision(keys, train, notes)
@@ -142,7 +142,8 @@ def _purpose(keys: dict[str, Any], notes: list[str]) -> None:
         notes.append("do_eval is true and do_train is not set: this run evaluates and does not train.")
 
 
-def _accelerator() -> bool:
+def has_accelerator() -> bool:
+    """Whether there is a GPU or the like to train on."""
     import torch
 
     return torch.accelerator.is_available()
