@@ -91,10 +91,18 @@ def _tokenizer(tokenizer: Any) -> str:
     from transformers import PreTrainedTokenizerFast
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        rules = [tokenizer.get_vocab(), str(tokenizer.added_tokens_decoder), tokenizer.init_kwargs]
+        settings = {name: _content(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+        rules = [tokenizer.get_vocab(), str(tokenizer.added_tokens_decoder), settings]
         return json.dumps([type(tokenizer).__qualname__, *rules], sort_keys=True, default=repr)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({name: value for name, value in core.items() if name not in ("padding", "truncation")})
+
+
+def _content(setting: Any) -> Any:
+    """What a setting says; where it names a file, what that file holds."""
+    if isinstance(setting, str) and os.path.isfile(setting):
+        return hashlib.sha256(Path(setting).read_bytes()).hexdigest()
+    return setting
 
 
 @cache

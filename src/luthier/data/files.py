@@ -154,7 +154,8 @@ class Hub(File):
         return len(self.data)
 
     def take(self, index: Sequence[int]) -> list[Row]:
-        return [self.data[int(i)] for i in index]
+        columns = self.data[list(index)]
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def open_source(source: Source) -> list[File]:

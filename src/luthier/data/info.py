@@ -240,9 +240,9 @@ def _remote(repo: str) -> Path:
 
 def _no_file(name: str, place: str, folder: Path | None) -> str:
     path = Path(name).expanduser()
-    parent = path.parent if path.parent.is_dir() or folder is None else folder
-    there = sorted(item.name for item in parent.iterdir()) if parent.is_dir() else []
-    near = get_close_matches(path.name, there, n=1)
-    hint = f" Did you mean {str(parent / near[0])!r}?" if near else ""
+    parents = [path.parent] if folder is None or path.is_absolute() else [path.parent, folder / path.parent]
+    there = {item.name: item for parent in parents if parent.is_dir() for item in parent.iterdir()}
+    near = get_close_matches(path.name, sorted(there), n=1)
+    hint = f" Did you mean {str(there[near[0]])!r}?" if near else ""
     below = f" (nor below dataset_dir {str(folder)!r})" if folder is not None and not path.is_absolute() else ""
     return f"{place}: no such file or folder: {name!r}{below}.{hint}"
