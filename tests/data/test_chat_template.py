@@ -263,7 +263,20 @@ def test_pickled_and_warmed_it_gives_the_same_ids(tok, monkeypatch):
     assert other.pairs(TALK, system="S") == expected
     renderer.warm(renderer.texts(Example(TALK[:3], (Answer(TALK[3:]),), system="S")))
     monkeypatch.setattr(type(tok), "__call__", lambda *_, **__: pytest.fail("tokenised one by one"))
+    monkeypatch.setattr(type(renderer), "_apply", lambda *_, **__: pytest.fail("rendered twice"))
     assert renderer.pairs(TALK, system="S") == expected
+
+
+def test_what_was_warm_is_no_answer_to_another_question(tok):
+    renderer = bind(tok, official.QWEN3)
+    other = (Message("user", "U3"), *TALK[1:])
+    with pytest.raises(TemplateError):
+        renderer.texts(Example(TALK[:3], (Answer(TALK[3:]),)))
+    renderer.warm(renderer.texts(Example(TALK[:1], (Answer(TALK[1:2]),))))
+    with pytest.raises(TemplateError):
+        renderer.pairs(TALK)
+    assert tok.decode(renderer.pairs(other[:2], system="S")[0][0]).count("U3") == 1
+    assert renderer.pairs(TALK[:2]) == bind(copy.deepcopy(tok)).pairs(TALK[:2])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -30,6 +30,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOT_OURS = ("tool_format", "efficient_eos", "replace_eos")
 
 
+Conversation = tuple[tuple[Message, ...], str, str]
+"""Messages, system prompt, tools."""
+Cut = list[tuple[str, str]]
+"""(source, response) texts."""
+
+
 class Rewritten(TemplateError):
     """The chat template renders the beginning of a conversation otherwise when the conversation goes on."""
 
@@ -54,6 +60,8 @@ class ChatTemplateRenderer:
         settle(tokenizer, eos=end if tokenizer.eos_token is None else None, special=(end,))
         self._end = token_id(tokenizer, end)
         self._head = document_head(tokenizer)
+        self._cuts: dict[Conversation, Cut] = {}
+        self._coming: dict[Conversation, Cut] = {}
 
     def pairs(
         self, messages: Sequence[Message], *, system: str = "", tools: str = "", mask_history: bool = False
@@ -94,22 +102,30 @@ class ChatTemplateRenderer:
 
     def texts(self, example: Example) -> list[str]:
         """The pieces of text that `pairs` will tokenise for this example's answers, for `warm`."""
-        cuts = (
-            self._cut((*example.prompt, *answer.messages), example.system, example.tools, strict=False)
-            for answer in example.answers
-        )
-        return [piece for cut in cuts for pair in cut for piece in pair]
+        pieces: list[str] = []
+        for answer in example.answers:
+            messages = (*example.prompt, *answer.messages)
+            check_order(messages, response_last=True, template=self.name)
+            cut = self._cut_turns(messages, example.system, example.tools)
+            self._coming[messages, example.system, example.tools] = cut
+            pieces += [piece for pair in cut for piece in pair]
+        return pieces
 
     def warm(self, texts: Sequence[str]) -> None:
-        """Tokenise these pieces in one call; what was warm before is forgotten."""
+        """Tokenise these pieces in one call, and keep how `texts` cut the conversations they come from; what was
+        warm before is forgotten."""
         self._pieces.warm(texts)
+        self._cuts, self._coming = self._coming, {}
 
     def _joined(self, cut: Sequence[tuple[str, str]]) -> list[int]:
         return self._pieces.join(piece for pair in cut for piece in pair)
 
-    def _cut(self, messages: Sequence[Message], system: str, tools: str, *, strict: bool) -> list[tuple[str, str]]:
+    def _cut(self, messages: Sequence[Message], system: str, tools: str, *, strict: bool) -> Cut:
         """The conversation as (source, response) texts per exchange; as one exchange, the last, where the template
         rewrites earlier turns and that is no error."""
+        known = self._cuts.get((tuple(messages), system, tools))
+        if known is not None:
+            return known
         try:
             return self._cut_turns(messages, system, tools)
         except Rewritten:
@@ -117,9 +133,9 @@ class ChatTemplateRenderer:
                 raise
             return self._cut_last(messages, system, tools)
 
-    def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
+    def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> Cut:
         """(source, response) texts per exchange, the last response empty if the model is to speak next."""
-        cut: list[tuple[str, str]] = []
+        cut: Cut = []
         done = 0
         following = self._render(messages[:1], system, tools, ask=True)
         for i in range(1, len(messages), 2):
@@ -136,7 +152,7 @@ class ChatTemplateRenderer:
             done = stop
         return cut if len(messages) % 2 == 0 else [*cut, (following[done:], "")]
 
-    def _cut_last(self, messages: Sequence[Message], system: str, tools: str) -> list[tuple[str, str]]:
+    def _cut_last(self, messages: Sequence[Message], system: str, tools: str) -> Cut:
         last = len(messages) - 1
         asked = self._render(messages[:last], system, tools, ask=True)
         whole, spans = self._render_spans(messages, system, tools)
