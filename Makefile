@@ -16,6 +16,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
+PIP = $(BIN)/python -m pip install $(PIP_ARGS) --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format venv clean
 .DEFAULT_GOAL := help
@@ -43,9 +44,10 @@ venv: $(READY)
 $(READY): requirements/torch.txt requirements/ci.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Luthier needs Python 3.11 or newer with the venv module; none was found. Name one: make PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -q -r requirements/torch.txt
-	$(BIN)/python -m pip install $(PIP_ARGS) -q -r requirements/ci.txt
-	$(BIN)/python -m pip install $(PIP_ARGS) -q --no-deps --no-build-isolation -e .
+	@echo "Installing torch, then the rest, into .venv (once; about 2 GB)"
+	$(PIP) -r requirements/torch.txt
+	$(PIP) -r requirements/ci.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

@@ -21,7 +21,7 @@ FACTS = {
             ("adapter_keys", "lora_rank", 16),
             ("training", "learning_rate", 1e-3),
             ("training", "per_device_train_batch_size", 8),
-            ("training", "num_train_epochs", 4.0),
+            ("training", "num_train_epochs", 3.0),
             ("layout", "cutoff_len", 256),
             ("train", "plot_loss", True),
         ],
