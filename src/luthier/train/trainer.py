@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from luthier.core.batch import Batch
@@ -245,8 +246,11 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            # A pickle of the arguments; the config files say the same in the open.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             for write in self.sidecars:
-                write(Path(output_dir if output_dir is not None else self.args.output_dir))
+                write(folder)
 
 
 def _counts(batches: Sequence[Batch]) -> dict[str, float]:

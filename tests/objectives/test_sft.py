@@ -1,0 +1,119 @@
+"""Which tokens SFT trains, spelled out; a renderer of plain numbers stands in for the template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from luthier.core.errors import ConfigError
+from luthier.core.types import Answer, Example, Message
+from luthier.data.truncate import fit_lengths
+from luthier.objectives.sft import Sft, SftConfig
+
+EOS = 5
+
+
+@dataclass
+class Numbers:
+    """Renders the nth exchange as given; knows nothing of text."""
+
+    exchanges: list
+    efficient_eos: bool = False
+    tokenizer = SimpleNamespace(eos_token_id=EOS)
+
+    def pairs(self, messages, *, system="", tools="", mask_history=False):
+        return self.exchanges
+
+
+def conversation(turns: int, weights=()) -> Example:
+    messages = []
+    for n in range(turns):
+        messages += [Message("user", "?"), Message("assistant", "!", weights[n] if weights else None)]
+    return Example(tuple(messages[:-1]), (Answer((messages[-1],)),))
+
+
+def encode(exchanges, *, cutoff_len=100, efficient_eos=False, weights=(), **keys):
+    objective = Sft(SftConfig(**keys))
+    example = conversation(len(exchanges), weights)
+    return objective.encode(example, Numbers(exchanges, efficient_eos), cutoff_len=cutoff_len)
+
+
+TWO = [([11, 12, 13], [21, 22]), ([31, 32], [41, 42, 43])]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "cutoff", "expected"),
+    [  # values of LLaMA-Factory's infer_seqlen
+        (3000, 2000, 1000, (600, 400)), (1000, 100, 1000, (900, 100)), (100, 1000, 1000, (100, 900)),
+        (500, 500, 1000, (500, 500)), (7, 100, 16, (7, 9)), (3, 2, 4, (3, 1)), (2, 3, 4, (2, 2)), (1, 1, 1, (1, 0)),
+        (499, 1, 10, (9, 1)),
+    ],
+)  # fmt: skip
+def test_lengths_are_cut_by_llama_factorys_rule(source, target, cutoff, expected):
+    assert fit_lengths(source, target, cutoff) == expected
+
+
+def test_every_response_is_trained_and_nothing_else():
+    (encoded,) = encode(TWO)
+    (path,) = encoded.paths
+    assert path.ids == [11, 12, 13, 21, 22, 31, 32, 41, 42, 43]
+    assert path.weights == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]
+    assert encoded.truncated == 0
+
+
+def test_train_on_prompt():
+    assert encode(TWO, train_on_prompt=True)[0].paths[0].weights == [1.0] * 10
+
+
+def test_mask_history_trains_the_last_response_and_keeps_the_last_turns():
+    assert encode(TWO, mask_history=True)[0].paths[0].weights == [0] * 7 + [1] * 3
+    (encoded,) = encode(TWO, mask_history=True, cutoff_len=5)
+    assert encoded.paths[0].ids == [31, 32, 41, 42, 43]
+    assert encoded.truncated == 5
+
+
+def test_early_turns_win_when_history_is_trained():
+    (encoded,) = encode(TWO, cutoff_len=5)
+    assert encoded.paths[0].ids == [11, 12, 13, 21, 22]
+    assert encoded.truncated == 5
+
+
+def test_a_turn_that_fits_in_part_is_cut_on_the_right():
+    (encoded,) = encode(TWO, cutoff_len=8)
+    assert encoded.paths[0].ids == [11, 12, 13, 21, 22, 31, 32, 41]
+    assert encoded.paths[0].weights == [0, 0, 0, 1, 1, 0, 0, 1]
+    assert encoded.truncated == 2
+
+
+def test_weights_of_single_turns():
+    assert encode(TWO, weights=(0.0, 0.5))[0].paths[0].weights == [0] * 7 + [0.5] * 3
+    assert encode(TWO, weights=(0.0, 0.0)) == []
+
+
+def test_efficient_eos_ends_the_conversation_and_teaches_every_end_of_turn():
+    (encoded,) = encode(TWO, efficient_eos=True)
+    whole, end = encoded.paths
+    assert whole.ids == [11, 12, 13, 21, 22, 31, 32, 41, 42, 43, EOS]
+    assert whole.weights == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
+    # The end of the first turn: learnt after 22, though the conversation goes on with 31 there.
+    assert end.ids == [11, 12, 13, 21, 22, EOS]
+    assert end.weights == [0, 0, 0, 0, 0, 1]
+
+
+def test_efficient_eos_has_room_for_the_end():
+    (encoded,) = encode([([1, 2, 3], [4, 5, 6])], efficient_eos=True, cutoff_len=5)
+    assert len(encoded.paths[0].ids) == 5
+    assert encoded.paths[0].ids[-1] == EOS
+
+
+def test_nothing_left_to_train():
+    assert encode([([11], [21])], cutoff_len=1) == []
+
+
+def test_keys_that_exclude_each_other():
+    with pytest.raises(ConfigError, match="mask_history"):
+        Sft(SftConfig(train_on_prompt=True, mask_history=True)).start(Numbers([]))
+    with pytest.raises(ConfigError, match="efficient_eos"):
+        Sft(SftConfig(train_on_prompt=True)).start(Numbers([], efficient_eos=True))
