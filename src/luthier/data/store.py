@@ -152,6 +152,10 @@ class EncodedSet:
         store, item = self.stores[self.which[index]], int(self.item[index])
         return store[item], store.origin(item)
 
+    def row(self, index: int) -> int:
+        """The ordinal of an example's row in its data set, counted from 0."""
+        return int(self.stores[self.which[index]].numbers["row"][self.item[index]])
+
     @cached_property
     def answers(self) -> np.ndarray:
         """int64 [N]: paths of each example."""
