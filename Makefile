@@ -18,7 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP = $(BIN)/python -m pip install $(PIP_ARGS) --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format venv clean
+.PHONY: help demo test lint format docs venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,11 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages that are made from the code; a test says when they are stale.
+docs: $(READY)
+	$(BIN)/luthier schema --markdown > docs/keys.md
+	$(BIN)/luthier schema --compatibility > docs/compatibility.md
 
 venv: $(READY)
 
