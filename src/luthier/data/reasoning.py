@@ -59,7 +59,7 @@ class Reasoning:
         """A prompt and its response, the last message: the messages as they are to be rendered, and whether the
         response gets an empty thought."""
         last = len(messages) - 1
-        stripped = [] if self.preserve else list(range(1, last - 1, 2))
+        stripped = [] if self.preserve else list(range(1, last, 2))
         if self.enable is False:
             stripped.append(last)
         rendered = self._stripped(messages, stripped)
