@@ -238,3 +238,11 @@ def test_a_finished_chat_model_stops_at_eos_and_pads_with_something_else(tmp_pat
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (config.eos_token_id, config.pad_token_id) == (5, 6)
     assert tokenizer.chat_template and (tmp_path / "model.safetensors").stat().st_mode & 0o044
+
+
+def test_a_gguf_file_without_its_reader_names_the_package_and_keeps_the_download(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    model = known(Shelf(), finish=fetch.save_chat_model(eos="<|im_end|>", pad="<|endoftext|>"))
+    with pytest.raises(ModelError, match=r"pip install 'luthier\[demo\]'"):
+        fetch.fetch("tiny", tmp_path / "m", known=model)
+    assert (cache / ".tiny.work" / "weights.bin").exists() and not (tmp_path / "m").exists()

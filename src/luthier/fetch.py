@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -172,6 +173,11 @@ def save_chat_model(eos: str, pad: str) -> Callable[[Path, Path], None]:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if source.is_file() and importlib.util.find_spec("gguf") is None:
+            raise ModelError(
+                f"{source.name} is a GGUF file, and the package `gguf` that reads it is not installed. "
+                "Run `pip install 'luthier[demo]'` and then the same command; the download is kept."
+            )
         place, keys = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
         tokenizer = AutoTokenizer.from_pretrained(place, **keys)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **keys)
