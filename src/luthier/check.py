@@ -69,7 +69,7 @@ def skeleton(run: Run) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     from luthier.core.registry import find
-    from luthier.model.adapt import AdapterConfig, adapt
+    from luthier.model.adapt import adapt
     from luthier.model.load import read_settings
 
     settings = read_settings(run.model)

@@ -5,6 +5,7 @@ This file imports nothing heavy: `luthier --help` and `luthier version` answer a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -125,6 +126,10 @@ VERBS: dict[str, Verb] = {
 }
 
 
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a disk may answer that is no fault of the program."""
+
+
 class Command(NamedTuple):
     """What a verb was asked to do."""
 
@@ -147,6 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or error.errno not in DISK_TROUBLE:
+            raise
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror}. Free space or permissions there.", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         if debug:

@@ -45,6 +45,7 @@ def fit(run: Run) -> Result:
     from luthier.train import config, report, rows
     from luthier.train.trainer import Trainer
 
+    logging.quiet_libraries()
     if run.train.plot_loss:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
@@ -115,7 +116,7 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         trainer.save_state()
     if trainer.eval_dataset is not None and (trainer.args.do_eval or not trainer.args.do_train):
         if _stopped_by(trainer) is None:
-            found = trainer.evaluate()
+            found = _evaluated_last(trainer) or trainer.evaluate()
             found = report.with_perplexity(found) if run.stage == "pt" else found
             trainer.save_metrics("eval", found)
             metrics |= found
@@ -126,6 +127,17 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
+
+
+def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
+    """The metrics of an evaluation after the very last step, if there was one and its model was kept."""
+    if trainer.args.load_best_model_at_end or not trainer.args.do_train:
+        return None
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if entry["step"] == trainer.state.global_step:
+            found |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return found or None
 
 
 def _weights(run: Run, args: transformers.TrainingArguments) -> Any:
@@ -144,8 +156,8 @@ def _weights(run: Run, args: transformers.TrainingArguments) -> Any:
 def _one_device_each(args: transformers.TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ConfigError(
-            f"{args.n_gpu} accelerators are visible to one process. Start one process for each with "
-            f"`torchrun --nproc_per_node {args.n_gpu} -m luthier train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+            f"{args.n_gpu} accelerators are visible to one process. Start one process for each with `torchrun "
+            f"--nproc_per_node {args.n_gpu} -m luthier train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
         )
 
 
@@ -175,8 +187,8 @@ def _resume_from(run: Run, args: transformers.TrainingArguments) -> str | None:
     weights = [p.name for p in folder.glob("*.safetensors")]
     if weights:
         raise ConfigError(
-            f"output_dir: {folder} already holds a trained model ({weights[0]}) and no checkpoint to go on from. Choose "
-            "another folder, or set overwrite_output_dir: true."
+            f"output_dir: {folder} already holds a trained model ({weights[0]}) and no checkpoint to go on from. "
+            "Choose another folder, or set overwrite_output_dir: true."
         )
     return None
 

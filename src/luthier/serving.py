@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.core.log import get_logger
+from luthier.core.log import get_logger, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ def load_engine(run: Run) -> Speaker:
     from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
 
+    quiet_libraries()
     _point_out_adapter(run)
     tokenizer = load_tokenizer(run.model)
     renderer = make_renderer(run.template, tokenizer)

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
 
 from luthier.core.errors import CheckpointError, TrainingError
 from luthier.data.layout import collate
 from luthier.train import checkpoint
 from luthier.train.sampler import Bundles, RankSampler
-from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 23])
@@ -154,8 +154,9 @@ def test_packed_bundles_train_like_the_same_examples_one_by_one(tmp_path):
 
 
 def test_a_token_of_one_document_cannot_change_another():
-    from luthier.model.policy import PolicySetup
     from tests.conftest import build_model
+
+    from luthier.model.policy import PolicySetup
 
     for kind in ("llama", "gpt2"):
         model = build_model(kind).eval()

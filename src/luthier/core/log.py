@@ -21,3 +21,13 @@ def set_up(level: int = logging.INFO) -> None:
         root.addHandler(handler)
         root.propagate = False
     root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' bars and deprecation notices out of ours; downloads still show their progress."""
+    import warnings
+
+    from transformers.utils import logging as theirs
+
+    theirs.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")

@@ -156,16 +156,17 @@ class Engine:
     @contextmanager
     def _speaking(self) -> Iterator[None]:
         """Eval mode and no gradients; the generation config of the model's folder set aside, since it would leak."""
-        modes = {module: module.training for module in self.model.modules()}
+        training = [module for module in self.model.modules() if module.training]
         folder, self._base.generation_config = self._base.generation_config, GenerationConfig()
-        self.model.eval()
+        if training:
+            self.model.eval()
         try:
             with torch.inference_mode():
                 yield
         finally:
             self._base.generation_config = folder
-            for module, training in modes.items():
-                module.training = training
+            for module in training:
+                module.training = True
 
 
 class GumbelNoise(LogitsProcessor):

@@ -53,7 +53,7 @@ class Plan:
 
 
 def tree_mask(position: Tensor, end: Tensor, window: int | None = None) -> Tensor:
-    """bool [R, 1, T, T] from position and end, int64 [R, T]: the rule, and with a window the nearest `window` depths."""
+    """bool [R, 1, T, T] from position and end, int64 [R, T]: the rule; a window keeps the nearest `window` depths."""
     index = torch.arange(end.shape[1], device=end.device)
     sees = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < end[:, None, :])
     if window is not None:

@@ -88,5 +88,5 @@ def guarded(staged: Path, what: str) -> Iterator[None]:
         free = shutil.disk_usage(staged.parent).free if staged.parent.exists() else 0
         raise CheckpointError(
             f"Could not write {what} to {staged.parent}: {error}. {free / 2**20:,.0f} MiB are free there. {kept} "
-            "Free some space (or set save_total_limit, save_only_model: true) and start the same command again to resume."
+            "Free some space (or set save_total_limit, save_only_model: true) and start the same command again."
         ) from error

@@ -28,8 +28,8 @@ class Trainer(transformers.Trainer):
     """Trains whatever `objective` asks for.
 
     setup: the policy of `model`. sidecars: called with every folder that is saved, checkpoint or final. shuffle: new
-    order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second. Datasets are `Bundles`; the collator gives
-    {"batch": Batch}.
+    order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second. Datasets are
+    `Bundles`; the collator gives {"batch": Batch}.
     """
 
     loss_is_scaled_for_ga = True
