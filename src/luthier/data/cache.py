@@ -152,6 +152,7 @@ class _held:
 
     def __enter__(self) -> bool:
         try:
+            self.lock.acquire(timeout=0)
             return False
         except Timeout:
             log.info("Another process is encoding the same data; waiting for it.")

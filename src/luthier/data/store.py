@@ -226,7 +226,7 @@ def _measure(encoded: Encoded) -> tuple[int, int, int, int, int]:
 
 def supervised(path: TokenPath) -> int:
     """Tokens of a path that are trained; the first never is."""
-    return sum(weight > 0 for weight in path.weights[1:])
+    return int(np.count_nonzero(np.asarray(path.weights[1:]) > 0))
 
 
 def _check(encoded: Encoded, columns: Sequence[Column]) -> None:
