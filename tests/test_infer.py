@@ -155,6 +155,12 @@ def test_seeds_change_sampled_answers_and_batches_do_not(folder, source, tmp_pat
     assert outputs["a"] == outputs["b"] and all(a != c for a, c in zip(outputs["a"], outputs["c"]))
 
 
+def test_the_same_prompt_twice_is_drawn_twice(folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "Hello"}] * 3)
+    run(folder, source, tmp_path / "out.jsonl", "do_sample=true", "temperature=1.5", "top_p=1.0")
+    assert len({line["predict"] for line in lines(tmp_path / "out.jsonl")}) == 3
+
+
 def test_an_adapter_speaks_too(folder, source, tmp_path):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -77,9 +77,8 @@ def skeleton(run: Run) -> nn.Module:
     dtype = torch.bfloat16 if run.train.pure_bf16 or half else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-        fresh = AdapterConfig(
-            finetuning_type=run.adapter.finetuning_type, additional_target=run.adapter.additional_target
-        )
+        # Earlier adapters change numbers, not shapes.
+        fresh = replace(run.adapter, adapter_name_or_path=None)
         return adapt(model, fresh, run.adapter_keys, model_config=run.model, trainable=True)
 
 

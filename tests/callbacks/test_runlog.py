@@ -71,7 +71,8 @@ def test_a_resumed_run_leaves_no_gaps_and_no_doubles(tmp_path):
 
 
 def test_a_fresh_run_in_an_old_folder_begins_a_fresh_log(tmp_path):
-    train(tmp_path)
+    train(tmp_path, eval_on_start=True)
+    assert lines(tmp_path)[0]["current_steps"] == 0
     train(tmp_path, StopAt(2))
     assert [line["current_steps"] for line in lines(tmp_path)] == [1, 2, 2]
 

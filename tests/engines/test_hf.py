@@ -101,6 +101,22 @@ def test_stream_never_shows_half_a_character(tokenizer):
     assert all(whole.startswith("".join(pieces[: n + 1])) for n in range(len(pieces)))
 
 
+def test_stream_keeps_spaces_that_a_tokenizer_writes_only_between_words():
+    """SentencePiece tokenizers drop the space of the first token they decode, wherever the decoding begins."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<unk>", "\u2581the", "\u2581quick", "\u2581fox", "es", "\u2581jump"]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    spaced = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
+    ids = [1, 2, 3, 4, 5, 1]
+    assert spaced.decode([2]) == "quick"
+    pieces = list(
+        Engine(Parrot(ids, first=1), spaced).stream([1], GenerateConfig(do_sample=False, max_new_tokens=6), [])
+    )
+    assert pieces == ["the", " quick", " fox", "es", " jump", " the"]
+
+
 def test_stream_shows_at_the_end_what_never_became_a_character(tokenizer):
     ids = tokenizer("ok \U0001f468", add_special_tokens=False)["input_ids"][:-1]
     engine = Engine(Parrot(ids, first=1), tokenizer)

@@ -107,8 +107,8 @@ def test_sidecars_are_in_every_saved_folder(tmp_path):
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    trainer = trainer_for("sft", tmp_path, batch=4, save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1,
-                          load_best_model_at_end=True, metric_for_best_model="loss", lr=3.0)  # fmt: skip
+    trainer = trainer_for("sft", tmp_path, batch=4, save_strategy="steps", eval_strategy="steps", save_steps=1,
+                          eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", lr=3.0)  # fmt: skip
     trainer.train()
     evaluations = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = min(evaluations, key=evaluations.get)

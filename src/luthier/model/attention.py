@@ -104,8 +104,9 @@ def install(model: nn.Module) -> str:
 def forward_arguments(model_config: Any, implementation: str, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """The mask-related keyword arguments of the model's forward call.
 
-    Padded rows need none: that is what every model computes by itself. Else positions and a mask go together; a 4-D mask is returned as it is by transformers' mask builders, which also keeps them from guessing packed
-    documents out of the positions.
+    Padded rows need none: that is what every model computes by itself. Else positions and a mask go together; a 4-D
+    mask is returned as it is by transformers' mask builders, which also keeps them from guessing packed documents out
+    of the positions.
     """
     if plan.kind == "plain":
         return {}
