@@ -28,7 +28,7 @@ FACTS = {
     ),
     "demo_chat.yaml": (
         "chat",
-        [("generate", "do_sample", False), ("generate", "max_new_tokens", 64), ("template", "template", "smollm2")],
+        [("generate", "do_sample", False), ("generate", "max_new_tokens", 64), ("template", "template", None)],
     ),
     "sft_lora.yaml": (
         "train",
