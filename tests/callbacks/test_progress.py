@@ -11,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 from tests.conftest import build_model
+from transformers.utils import logging as bars
 
 from luthier.callbacks import progress
 from luthier.callbacks.progress import Bar, ProgressCallback
@@ -100,6 +101,20 @@ def test_messages_of_the_log_do_not_tear_the_bar(tmp_path, monkeypatch):
     display.close()
     assert handler.stream is raw and sys.stderr is raw
     assert "a message" in shown(console) and "a message" not in raw.getvalue()
+
+
+def test_the_bars_of_others_are_away_only_while_ours_is_there(tmp_path):
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            during.append(bars.is_progress_bar_enabled())
+
+    before, during = bars.is_progress_bar_enabled(), []
+    for enabled in (True, False):
+        bars.enable_progress_bar() if enabled else bars.disable_progress_bar()
+        train(tmp_path, ProgressCallback(Console(file=io.StringIO())), Look())
+        assert bars.is_progress_bar_enabled() is enabled
+    assert during == [False] * 8
+    bars.enable_progress_bar() if before else bars.disable_progress_bar()
 
 
 def test_an_exception_leaves_the_terminal_usable_once_closed(tmp_path):
