@@ -105,21 +105,29 @@ def fit(run: Run) -> Result:
 
 
 def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
+    from luthier.callbacks.progress import ProgressCallback
+    from luthier.callbacks.stop_signals import StopSignals
     from luthier.train import report
 
     metrics: dict[str, float] = {}
     if trainer.args.do_train:
-        outcome = trainer.train(resume_from_checkpoint=resume)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=resume)
+        finally:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback | StopSignals):
+                    callback.close()
         metrics |= outcome.metrics
+        if _stopped_by(trainer) is not None:
+            return metrics
         trainer.save_final()
         trainer.save_metrics("train", outcome.metrics)
         trainer.save_state()
     if trainer.eval_dataset is not None and (trainer.args.do_eval or not trainer.args.do_train):
-        if _stopped_by(trainer) is None:
-            found = _evaluated_last(trainer) or trainer.evaluate()
-            found = report.with_perplexity(found) if run.stage == "pt" else found
-            trainer.save_metrics("eval", found)
-            metrics |= found
+        found = _evaluated_last(trainer) or trainer.evaluate()
+        found = report.with_perplexity(found) if run.stage == "pt" else found
+        trainer.save_metrics("eval", found)
+        metrics |= found
     if trainer.is_world_process_zero() and trainer.args.do_train:
         folder = Path(trainer.args.output_dir)
         drawn = report.plot_loss(folder, trainer.state.log_history) if run.train.plot_loss else []

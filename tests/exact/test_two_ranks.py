@@ -25,9 +25,10 @@ def _rank(rank: int, port: int, folder: str) -> None:
     for name in OBJECTIVES:
         trainer = _trainer(name, f"{folder}/{name}", batch=1, ddp_backend="gloo")
         trainer.train()
+        trainer.accuracy = True
         evaluated = trainer.evaluate()
         logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        results[name] = (weights(trainer), logged, evaluated["eval_loss"])
+        results[name] = (weights(trainer), logged, evaluated)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     torch.distributed.destroy_process_group()
@@ -48,9 +49,12 @@ def test_two_ranks_equal_one(tmp_path):
     for name in OBJECTIVES:
         alone = _trainer(name, f"{tmp_path}/alone-{name}", batch=2)
         alone.train()
+        alone.accuracy = True
         evaluated = alone.evaluate()
         two_weights, two_losses, two_eval = results[name]
         assert furthest(weights(alone), two_weights) < 2e-7, name
         losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
         assert torch.allclose(torch.tensor(losses), torch.tensor(two_losses), atol=1e-6), name
-        assert abs(evaluated["eval_loss"] - two_eval) < 1e-7, name
+        for measure in ("eval_loss", "eval_accuracy"):
+            # A ratio of counts over both ranks, not a mean of the ranks' ratios.
+            assert abs(evaluated[measure] - two_eval[measure]) < 1e-7, (name, measure)

@@ -135,6 +135,13 @@ def test_a_grown_vocabulary_travels_with_the_adapter(tmp_path, kind, shared):
     assert torch.equal(logits(resumed), wanted)
     whole = [tuple(p.shape) for name, p in resumed.named_parameters() if p.requires_grad and "lora_" not in name]
     assert whole == [(448, 32)] * (1 if shared else 2)
+    if shared:  # further training moves embedding and head as one
+        disturb(resumed, seed=2)
+        embedding = next(p for name, p in resumed.named_parameters() if p.requires_grad and "lora_" not in name)
+        with torch.no_grad():
+            inner = resumed.get_base_model().eval()
+            expected = inner.get_decoder()(IDS).last_hidden_state @ embedding.T
+            torch.testing.assert_close(inner(IDS).logits, expected)
     merged = ready(base(seed=9), where=where, adapter_name_or_path=adapter)
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-5, atol=1e-5)
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == shared

@@ -210,6 +210,9 @@ def test_a_grown_vocabulary(tmp_path, shared):
     assert noise.std().item() == pytest.approx(1 / math.sqrt(width), rel=0.05)
     assert abs(noise.mean().item()) < 0.005
     assert (head is grown) == shared
+    head_noise = head[400:] - head[:400].mean(0)
+    assert head_noise.std().item() == pytest.approx(1 / math.sqrt(width), rel=0.05)
+    assert torch.equal(head_noise, noise) == shared  # two matrices, two draws
     again = load_model(config, tokenizer=tokenizer, dtype=torch.float32, seed=3)
     assert torch.equal(again.get_input_embeddings().weight, grown)
     model.save_pretrained(tmp_path / "saved")
@@ -219,10 +222,14 @@ def test_a_grown_vocabulary(tmp_path, shared):
 
 
 def test_published_sampling_values_do_not_keep_a_model_from_being_saved(folder, tmp_path):
-    """Llama 2's folder has temperature and top_p with do_sample off, which transformers refuses to write."""
+    """Llama 2's folder has temperature and top_p with do_sample off; once anything in it was changed, as trainers do
+    with the pad token, transformers refuses to write it."""
     edit_json(folder / "generation_config.json", temperature=0.9, top_p=0.6, do_sample=False)
-    load_model(config_of(folder)).save_pretrained(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.9
+    model = load_model(config_of(folder))
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.9 and saved["pad_token_id"] == 0
 
 
 def test_settings_can_be_made_without_torch():

@@ -117,3 +117,11 @@ def test_keys_that_exclude_each_other():
         Sft(SftConfig(train_on_prompt=True, mask_history=True)).start(Numbers([]))
     with pytest.raises(ConfigError, match="efficient_eos"):
         Sft(SftConfig(train_on_prompt=True)).start(Numbers([], efficient_eos=True))
+
+
+def test_a_disliked_answer_is_not_taught():
+    from luthier.data.source import BadRow
+
+    example = Example((Message("user", "?"),), (Answer((Message("assistant", "!"),), -1.0),))
+    with pytest.raises(BadRow, match="disliked"):
+        Sft().encode(example, Numbers([([11], [21])]), cutoff_len=10)

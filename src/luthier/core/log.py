@@ -12,11 +12,22 @@ def get_logger(name: str = "luthier") -> logging.Logger:
     return logging.getLogger(name if name.startswith("luthier") else f"luthier.{name}")
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is at the time: a notebook or a test may have exchanged it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[override]
+        return sys.stderr
+
+
 def set_up(level: int = logging.INFO) -> None:
     """Send Luthier's messages to stderr. Ranks above 0 only speak up from warnings on."""
     root = logging.getLogger("luthier")
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
         root.propagate = False

@@ -89,9 +89,20 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
         0 if train_set is None else len(train_set),
         {name: len(part) for name, part in eval_sets.items()},
     )
+    _refuse_if_all_cut(report.total, cutoff_len, train_set)
     if tokenized is not None:
         save_tokenized(tokenized, train_set, eval_sets, report, parts, overwrite=config.overwrite_cache)
     return Prepared(train_set, eval_sets, report)
+
+
+def _refuse_if_all_cut(total: Tally, cutoff_len: int, train: EncodedSet | None) -> None:
+    """A cutoff that no row fits into is a mistake, and nothing a model should learn from."""
+    if total.rows and total.truncated_rows == total.rows and len(train or ()) > 1:
+        longest = total.truncated_tokens + total.path_tokens
+        raise DataError(
+            f"cutoff_len: {cutoff_len} is too short: every one of the {total.rows} rows had to be cut (rows have "
+            f"{longest // total.rows} tokens on average). Raise cutoff_len; `luthier preview` shows the rows."
+        )
 
 
 def _sources(config: DataConfig) -> list[tuple[str, Source]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from luthier.core.errors import ConfigError
 from luthier.core.objective import Objective
 from luthier.core.types import Encoded, Path
+from luthier.data.source import BadRow
 from luthier.data.truncate import fit_lengths
 
 
@@ -32,6 +33,8 @@ class Sft(Objective):
             raise ConfigError("train_on_prompt does not work with a template that ends turns by efficient_eos.")
 
     def encode(self, example, renderer, *, cutoff_len):
+        if example.answers[0].score < 0:
+            raise BadRow("the answer is marked as disliked", "SFT would teach it; stage: kto learns from both kinds")
         messages = (*example.prompt, *example.answers[0].messages)
         pairs = renderer.pairs(
             messages, system=example.system, tools=example.tools, mask_history=self.config.mask_history

@@ -178,6 +178,7 @@ class Trainer(transformers.Trainer):
         model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
         training = model.training
         model.eval()
+        self.callback_handler.eval_dataloader = dataloader
         totals = self._totals_of(dataloader)
         sums: dict[str, float] = {"loss": 0.0}
         for inputs in dataloader:
