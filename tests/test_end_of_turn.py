@@ -108,8 +108,8 @@ def test_lora_weights_reach_every_layout(model_folder):
     found = []
     for checkpointing in (False, True):
         model = adapt(
-            build_model("llama"), AdapterConfig(), Config(), model_config=ModelConfig(model_name_or_path=str(model_folder)),
-            trainable=True,
+            build_model("llama"), AdapterConfig(), Config(), trainable=True,
+            model_config=ModelConfig(model_name_or_path=str(model_folder)),
         )  # fmt: skip
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -86,6 +86,19 @@ def test_a_16_bit_model_stays_one(tmp_path):
     assert (logits(saved) - wanted).abs().max() < 0.02 < (logits(load_model(base)) - wanted).abs().max()
 
 
+def test_merging_rounds_once(tmp_path):
+    """The sum is made in float32 and then rounded, also where the user loads in 16 bits."""
+    base, adapter, _ = make(tmp_path, dtype=torch.bfloat16)
+    short = ModelConfig(model_name_or_path=base.model_name_or_path, torch_dtype="bfloat16")
+    saved = load_file(export(short, adapter, to(tmp_path)).folder / "model.safetensors")
+    old = load_file(tmp_path / "base" / "model.safetensors")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        a, b = (trained[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        expected = (old[f"{name}.weight"].float() + 2.0 * (b @ a)).bfloat16()
+        assert (saved[f"{name}.weight"] == expected).float().mean() > 0.999  # sums in another order may round apart
+
+
 def test_infer_dtype_decides_the_format(tmp_path):
     base, adapter, _ = make(tmp_path)
     base = ModelConfig(model_name_or_path=base.model_name_or_path, infer_dtype="float16")
@@ -148,8 +161,8 @@ def test_a_merge_that_says_something_else_is_refused(tmp_path, monkeypatch):
     base, adapter, _ = make(tmp_path)
     real = module.merge
 
-    def wrong(model, *, tie):
-        merged = real(model, tie=tie)
+    def wrong(model):
+        merged = real(model)
         merged.model.layers[1].mlp.up_proj.weight.data[0] += 1.0
         return merged
 

@@ -20,7 +20,6 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
 from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch
-from luthier.model.modules import tied
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -176,10 +175,9 @@ def _digests(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
 
 def _merge(model: PreTrainedModel, folder: Path, probes: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
     """The merged model and the logits of the model with the adapter attached, found equal."""
-    shared = tied(model)
     adapted = attach(model, folder).eval()
     wanted = _logits(adapted, probes)
-    merged = merge(adapted, tie=shared)
+    merged = merge(adapted)
     difference, largest = _compare(_logits(merged, probes), wanted)
     if not difference <= EXACT * max(1.0, largest):
         raise ModelError(

@@ -73,9 +73,10 @@ def fit(run: Run) -> Result:
     log.info("%s", count_parameters(model))
     setup = PolicySetup(model)
 
+    complete = run.objective.complete
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
     laid_out = rows.lay_out(
-        rows.bundle(data.train, packing=packing or run.layout.neat_packing, cutoff_len=cutoff),
+        rows.bundle(data.train, packing=packing or run.layout.neat_packing, cutoff_len=cutoff, complete=complete),
         setup,
         wish=run.layout.layout,
         batch_size=args.per_device_train_batch_size,
@@ -84,7 +85,9 @@ def fit(run: Run) -> Result:
         noisy=bool(args.neftune_noise_alpha),
         check=run.train.verify_layout,
     )
-    evaluation = {name: rows.bundle(part, packing=False, cutoff_len=cutoff) for name, part in data.eval.items()}
+    evaluation = {
+        name: rows.bundle(part, packing=False, cutoff_len=cutoff, complete=complete) for name, part in data.eval.items()
+    }
     trainer = Trainer(
         setup=setup,
         objective=run.objective,

@@ -7,11 +7,14 @@ import random
 import torch
 import transformers
 
+from luthier.core.batch import Batch
 from luthier.core.objective import Objective
 from luthier.core.registry import find, names
 from luthier.core.types import Encoded, Path
 from luthier.data.layout import collate
+from luthier.model import heads
 from luthier.model.policy import PolicySetup
+from luthier.model.reference import FrozenModel
 from luthier.train.sampler import Bundles, Collator
 from luthier.train.trainer import Trainer
 from tests.conftest import build_model
@@ -45,13 +48,28 @@ def items_for(objective: Objective, count: int, seed: int = 0) -> list[tuple[Enc
     return items
 
 
+def setup_for(objective: Objective, model) -> PolicySetup:
+    """The model with the head and the reference that the objective declares; the reference differs from the policy."""
+    head = None if objective.head is None else heads.attach(model, objective.head, objective.config, seed=1)
+    setup = PolicySetup(model, head=head)
+    if "reference" in objective.frozen:
+        setup.reference = FrozenModel(build_model("llama", dtype=next(model.parameters()).dtype, seed=99), setup)
+    return setup
+
+
+def batches_for(objective: Objective, items, layout: str = "padded") -> Batch:
+    """One micro-batch of all items, completed as the objective wants."""
+    chosen = [objective.complete(i, items) for i in range(len(items))]
+    return collate(chosen, layout=layout, pad_id=3, columns=[c.name for c in objective.columns])
+
+
 def trainer_for(
     name: str, folder, *, items=None, layout="shared", batch=2, accumulate=1, dtype=torch.float64, lr=0.1, **extra
 ) -> Trainer:
     """A Trainer with plain SGD on a tiny Llama."""
     objective = objective_of(name)
     items = items_for(objective, 12) if items is None else items
-    model = build_model("llama", dtype=dtype)
+    setup = setup_for(objective, build_model("llama", dtype=dtype))
     arguments = {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch,
@@ -71,11 +89,11 @@ def trainer_for(
         "seed": 7,
     }
     trainer = Trainer(
-        setup=PolicySetup(model),
+        setup=setup,
         objective=objective,
         args=transformers.TrainingArguments(**{**arguments, **extra}),
-        train_dataset=Bundles(items),
-        eval_dataset=Bundles(items),
+        train_dataset=Bundles(items, complete=objective.complete),
+        eval_dataset=Bundles(items, complete=objective.complete),
         data_collator=Collator(collate, layout=layout, pad_id=3, columns=[c.name for c in objective.columns]),
     )
     trainer.remove_callback(transformers.PrinterCallback)

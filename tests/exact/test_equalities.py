@@ -8,7 +8,8 @@ import torch
 from luthier.core.batch import total_units
 from luthier.data.layout import collate
 from luthier.train import by_hand
-from tests.exact.runs import OBJECTIVES, furthest, items_for, objective_of, trainer_for, weights
+from tests.conftest import build_model
+from tests.exact.runs import OBJECTIVES, furthest, items_for, objective_of, setup_for, trainer_for, weights
 
 TOLERANCE = 2e-7  # two SGD steps at a rate of 0.1; RMSNorm rounds to float32 inside transformers
 
@@ -31,26 +32,21 @@ def test_accumulation_is_exact(name, tmp_path):
 
 def test_uneven_batches_make_one_step(name):
     """5 examples as 5, as 2+2+1 and as 1+4: the same gradient."""
-    from luthier.model.policy import PolicySetup
-    from tests.conftest import build_model
-
     objective = objective_of(name)
-    items = items_for(objective, 5, seed=3)
+    items = [objective.complete(i, items_for(objective, 5, seed=3)) for i in range(5)]
     found = []
     for cut in ([5], [2, 2, 1], [1, 4]):
         model = build_model("llama", dtype=torch.float64).eval()
-        setup, start, batches = PolicySetup(model), 0, []
+        setup, start, batches = setup_for(objective, model), 0, []
         for size in cut:
-            batches.append(
-                collate(
-                    items[start : start + size], layout="padded", pad_id=3, columns=[c.name for c in objective.columns]
-                )
-            )
+            columns = [column.name for column in objective.columns]
+            batches.append(collate(items[start : start + size], layout="padded", pad_id=3, columns=columns))
             start += size
         totals = total_units(batches)
-        loss = sum(objective.loss(setup.bind(), b.with_totals(totals))[0] for b in batches)
-        loss.backward()
-        found.append({n: p.grad for n, p in model.named_parameters()})
+        if objective.surveys:
+            totals |= by_hand.survey(setup.bind, objective, batches)
+        sum(objective.loss(setup.bind(), b.with_totals(totals))[0] for b in batches).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for other in found[1:]:
         assert furthest(found[0], other) < 1e-7
 
@@ -123,15 +119,17 @@ def test_evaluation_does_not_depend_on_the_batch_size(name, tmp_path):
 
 
 def test_a_batch_without_supervision_changes_nothing_and_reaches_every_parameter(name):
-    from luthier.model.policy import PolicySetup
-    from tests.conftest import build_model
-
     objective = objective_of(name)
     empty = collate([], layout="shared", pad_id=3, columns=[c.name for c in objective.columns])
     model = build_model("llama", dtype=torch.float64)
-    loss, _ = objective.loss(PolicySetup(model).bind(), empty.with_totals({"token": 3.0, "answer": 1.0, "group": 1.0}))
+    setup = setup_for(objective, model)
+    totals = dict.fromkeys(empty.units(), 3.0)
+    if objective.surveys:
+        totals |= by_hand.survey(setup.bind, objective, [empty])
+    loss, _ = objective.loss(setup.bind(), empty.with_totals(totals))
     loss.backward()
     assert loss.item() == 0.0
     for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert not parameter.grad.any(), parameter_name
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+            assert not parameter.grad.any(), parameter_name

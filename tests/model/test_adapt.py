@@ -173,7 +173,7 @@ def test_merging_weights_that_are_not_finite_is_an_error(tmp_path):
     next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="cannot be merged"):
-        merge(attach(build_model("llama"), tmp_path / "one"), tie=False)
+        merge(attach(build_model("llama"), tmp_path / "one"))
 
 
 def spoil(folder, change) -> str:

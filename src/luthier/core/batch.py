@@ -39,6 +39,10 @@ class Batch:
     """int64 [N] which group (example) each answer belongs to."""
     score: Tensor
     """float64 [N] the answer's score, NaN where nobody scored it."""
+    better: Tensor
+    """int64 [P] and `worse`: every pair of answers of one group whose scores differ."""
+    worse: Tensor
+    """int64 [P] the answer with the lower score of each pair."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """[E] values an objective declared, at the supervised tokens; NaN where there is nothing."""
     segments: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
@@ -52,8 +56,13 @@ class Batch:
     """Tokens computed, without padding."""
     unshared: int = 0
     """Tokens a plain computation (one sequence per answer, no padding) would compute."""
+    aside: Batch | None = None
+    """Paths an objective only surveys, without gradient, before the step (see `Objective.survey`)."""
     totals: Mapping[str, float] | None = None
-    """Units of the whole optimiser step, over all micro-batches and ranks; set by the loop before the loss."""
+    """Units of the whole optimiser step, over all micro-batches and ranks, and what the objective's survey summed;
+    set by the loop before the loss."""
+    progress: float = 1.0
+    """Share of the training steps done before this one, 0 to 1; set by the loop. 1 in evaluation."""
 
     @property
     def answers(self) -> int:
@@ -88,6 +97,24 @@ class Batch:
         """Sum edge values [E] into answers [N], weighted by nothing: log-probs of answers from those of tokens."""
         return values.new_zeros(self.answers).index_add(0, self.answer, values)
 
+    def pairs(self, *, best_only: bool = False) -> tuple[Tensor, Tensor]:
+        """(better, worse), int64 [P] each: all pairs, or only those of a group's best answer against the others."""
+        if not best_only or not len(self.better):
+            return self.better, self.worse
+        top = torch.full((len(self.names),), -torch.inf, dtype=self.score.dtype, device=self.score.device)
+        top = top.scatter_reduce(0, self.group[self.better], self.score[self.better], "amax")
+        best = self.score[self.better] == top[self.group[self.better]]
+        return self.better[best], self.worse[best]
+
+    def per_group_mean(self, values: Tensor, group: Tensor) -> Tensor:
+        """Mean of values [X] within each group, [G]; `group` [X] says where each belongs. 0 for a group with none.
+
+        A group's size is a fact of its example, so that a mean over groups stays exact however a step is cut.
+        """
+        zeros = values.new_zeros(len(self.names))
+        counts = zeros.index_add(0, group, torch.ones_like(values))
+        return zeros.index_add(0, group, values) / counts.clamp(min=1)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
         moved = {
@@ -96,11 +123,12 @@ class Batch:
             if isinstance(value, Tensor)
         }
         columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self.columns.items()}
-        return replace(self, **moved, columns=columns)
+        aside = None if self.aside is None else self.aside.to(device, non_blocking)
+        return replace(self, **moved, columns=columns, aside=aside)
 
-    def with_totals(self, totals: Mapping[str, float]) -> Batch:
-        """The same batch, told how many units the whole optimiser step holds."""
-        return replace(self, totals=dict(totals))
+    def with_totals(self, totals: Mapping[str, float], progress: float = 1.0) -> Batch:
+        """The same batch, told how many units the whole optimiser step holds, and how far the run is."""
+        return replace(self, totals=dict(totals), progress=progress)
 
 
 def total_units(batches: Iterable[Batch]) -> dict[str, float]:

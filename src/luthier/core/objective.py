@@ -64,6 +64,15 @@ class Policy(Protocol):
     def hits(self, batch: Batch) -> Tensor:
         """Whether the most probable token is the supervised one, float 0/1 [E], without gradient."""
 
+    def verdict(self, batch: Batch) -> Tensor:
+        """What the objective's head says at each answer's last token, float32 [N, width]."""
+
+    def verdict_at_tokens(self, batch: Batch) -> Tensor:
+        """What the head says at each supervised token itself, float32 [E, width]."""
+
+    def reference(self, batch: Batch) -> Tensor:
+        """`logps` of the frozen reference model, without gradient, float [E]."""
+
 
 class Objective(ABC):
     """What a stage thinks of the answers. Subclasses are final: they override these members and nothing more."""
@@ -89,6 +98,9 @@ class Objective(ABC):
         """Whether these keys mean this objective although `stage` names another."""
         return False
 
+    surveys: ClassVar[bool] = False
+    """Whether `survey` must run over all micro-batches before the first loss of a step."""
+
     def start(self, renderer: Renderer) -> None:
         """Check, before any row is encoded, that the keys and the template go together; raises ConfigError."""
         return None
@@ -96,6 +108,21 @@ class Objective(ABC):
     @abstractmethod
     def encode(self, example: Example, renderer: Renderer, *, cutoff_len: int) -> Sequence[Encoded]:
         """Ids and weights of one example; several Encoded if it must be cut, none if nothing is left to train."""
+
+    def complete(self, index: int, examples: Sequence[tuple[Encoded, str]]) -> tuple[Encoded, str]:
+        """An example as it is trained, given the whole set it belongs to; most stages take it as it is."""
+        return examples[index]
+
+    def survey(self, policy: Policy, batch: Batch) -> Mapping[str, Tensor]:
+        """Sums over this micro-batch (its `aside` paths, usually) that the loss of every micro-batch needs.
+
+        Called without gradient; summed over micro-batches and ranks they are in `batch.totals` under their names.
+        """
+        return {}
+
+    def record(self, policy: Policy, batch: Batch) -> Mapping[str, Tensor]:
+        """What `do_predict` writes about each answer, by name, each [N]. Called without gradient."""
+        return {}
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Logs]:

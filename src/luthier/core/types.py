@@ -66,6 +66,10 @@ class Path:
     """Per-token values an objective declared beyond labels; NaN where there is nothing."""
 
 
+ASIDE = "aside:"
+"""Paths whose name begins so are not answers: an objective surveys them, without gradient, before a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """What `Objective.encode` makes of one Example. Paths that begin alike share their beginning in a Batch."""

@@ -6,13 +6,13 @@ A layout changes what is computed, never what is learnt: loss and gradients agre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luthier.core.tree import Tree, forest, grow
-from luthier.core.types import Encoded, Path
+from luthier.core.types import ASIDE, Encoded, Path
 
 if TYPE_CHECKING:
     from luthier.core.batch import Batch
@@ -52,9 +52,29 @@ def collate(items: Sequence[tuple[Encoded, str]], *, layout: str, pad_id: int, c
     answer a chain of its own. Shared: one row, every example one tree. An empty `items` gives a batch with one
     invisible token and nothing supervised, so that a rank without data still takes part in the step.
     """
+    answers, aside = _set_aside(items)
+    return _collate(answers, layout, pad_id, columns, None if aside is None else _collate(aside, layout, pad_id, ()))
+
+
+def _set_aside(items: Sequence[tuple[Encoded, str]]):
+    """The examples without the paths that are only surveyed, and the examples of those alone (None if there are none)."""
+    if not any(path.name.startswith(ASIDE) for encoded, _ in items for path in encoded.paths):
+        return items, None
+    parts = []
+    for wanted in (False, True):
+        parts.append(
+            [
+                (replace(e, paths=tuple(p for p in e.paths if p.name.startswith(ASIDE) == wanted)), name)
+                for e, name in items
+            ]
+        )
+    return parts
+
+
+def _collate(items, layout: str, pad_id: int, columns: Sequence[str], aside: Batch | None = None) -> Batch:
     units = _units([encoded for encoded, _ in items], layout)
     rows = [[unit] for unit in units] if layout == "padded" else [units] if units else []
-    return _Assembly(rows, items, layout, pad_id, columns).batch()
+    return _Assembly(rows, items, layout, pad_id, columns).batch(aside)
 
 
 def _units(encoded: Sequence[Encoded], layout: str) -> list[_Unit]:
@@ -82,7 +102,7 @@ class _Assembly:
         self.offsets = [offsets for _, offsets in forests]
         self.width = max([len(tree) for tree in self.trees], default=1)
 
-    def batch(self) -> Batch:
+    def batch(self, aside: Batch | None) -> Batch:
         import torch
 
         from luthier.core.batch import Batch
@@ -91,6 +111,9 @@ class _Assembly:
         edges = self._edge_arrays()
         target, edge = np.unique(edges["node"], return_inverse=True)
         counts = [len(encoded.paths) for encoded, _ in self.items]
+        group = np.repeat(np.arange(len(counts)), counts)
+        score = np.array([path.score for e, _ in self.items for path in e.paths], np.float64)
+        better, worse = _pairs(group, score)
         as_tensor = torch.from_numpy
         return Batch(
             ids=as_tensor(ids),
@@ -102,8 +125,11 @@ class _Assembly:
             answer=as_tensor(edges["answer"]),
             weight=as_tensor(edges["weight"]),
             last=as_tensor(edges["last"]),
-            group=as_tensor(np.repeat(np.arange(len(counts)), counts)),
-            score=as_tensor(np.array([path.score for e, _ in self.items for path in e.paths], np.float64)),
+            group=as_tensor(group),
+            score=as_tensor(score),
+            better=as_tensor(better),
+            worse=as_tensor(worse),
+            aside=aside,
             columns={name: as_tensor(edges[name]) for name in self.columns},
             segments=_segments(self.trees[0]) if self.layout != "padded" and self.trees else (),
             layout=self.layout,
@@ -149,6 +175,11 @@ class _Assembly:
             "weight": _join(weight, np.float64),
             "last": last,
         } | {name: _join(values, np.float32) for name, values in columns.items()}
+
+
+def _pairs(group: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(better, worse) answers of every pair in one group whose scores differ; NaN scores make no pairs."""
+    return np.nonzero((group[:, None] == group[None, :]) & (score[:, None] > score[None, :]))
 
 
 def _join(arrays: list[np.ndarray], dtype) -> np.ndarray:

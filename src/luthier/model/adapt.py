@@ -72,8 +72,7 @@ def adapt(
     folders = adapter_folders(config, model_config)
     goes_on = bool(folders) and trainable and not config.create_new_adapter
     for folder in folders[: len(folders) - goes_on]:
-        shared = tied(model)
-        model = merge(attach(model, folder), tie=shared)
+        model = merge(attach(model, folder))
         log.info("Merged the adapter %s into the model.", folder)
     if not trainable:
         return model.requires_grad_(False).eval()
@@ -121,25 +120,12 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
     return adapted
 
 
-def merge(model: PeftModel, *, tie: bool) -> PreTrainedModel:
-    """The base model with the adapter added into its weights. Raises ModelError for weights that are not finite.
-
-    tie: whether embedding and head were one before the adapter came; peft hands them back as two.
-    """
-    import torch
-
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter added into its weights. Raises ModelError for weights that are not finite."""
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"The adapter cannot be merged: {error}") from error
-    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if tie and not tied(merged):
-        # An adapter may have trained them apart. Then saying so keeps the head from being lost at the next loading.
-        tie = torch.equal(head.weight, embedding.weight)
-        if tie:
-            head.weight = embedding.weight
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = tie
-    return merged
 
 
 def count_parameters(model: nn.Module) -> Parameters:

@@ -25,6 +25,10 @@ CHUNK_ELEMENTS = 2**26
 """Logits held at once (tokens x vocabulary). Beyond one chunk, chunks are recomputed in the backward pass."""
 
 
+REFERENCE_COLUMN = "reference_logp"
+"""Column of precomputed reference log-probs."""
+
+
 class HiddenTap:
     """Takes the hidden states in front of the output head out of a forward call.
 
@@ -75,6 +79,10 @@ class PolicySetup:
     label_smoothing: float = 0.0
     backend: str | None = None
     autocast: Callable[[], Any] = contextlib.nullcontext
+    head: nn.Module | None = None
+    """What `verdict` asks; attached to the model by `model.heads`."""
+    reference: Any = None
+    """What `reference` asks: a `model.reference.Reference`."""
     tap: HiddenTap = field(init=False)
     implementation: str = field(init=False)
 
@@ -101,6 +109,7 @@ class ModelPolicy:
         self._setup = setup
         self._model = model
         self._asked: tuple[Batch, Scores] | None = None
+        self._seen: tuple[Batch, Tensor] | None = None
 
     def logps(self, batch: Batch) -> Tensor:
         """log p(token | its path), float [E]."""
@@ -117,22 +126,52 @@ class ModelPolicy:
         """1 where the most probable token is the supervised one, else 0; float [E]."""
         return self._scores(batch).hit[batch.edge]
 
+    def verdict(self, batch: Batch) -> Tensor:
+        """The head's output at each answer's last token, [N, width]."""
+        return self._judge(batch, batch.last)
+
+    def verdict_at_tokens(self, batch: Batch) -> Tensor:
+        """The head's output at each supervised token itself (not at its parent), [E, width]."""
+        return self._judge(batch, batch.target)[batch.edge]
+
+    def reference(self, batch: Batch) -> Tensor:
+        """`logps` of the frozen reference; those stored in the column `reference_logp` if the batch brings it."""
+        stored = batch.columns.get(REFERENCE_COLUMN)
+        if stored is not None:
+            return stored
+        assert self._setup.reference is not None, "the objective did not declare frozen = ('reference',)"
+        return self._setup.reference.logps(batch)
+
+    def _judge(self, batch: Batch, at: Tensor) -> Tensor:
+        head, flat = self._setup.head, self._flat(batch)
+        assert head is not None, "the objective did not declare a head"
+        picked = flat[at] if len(at) else flat[:0] + flat.sum() * 0
+        verdict = head(picked.to(next(head.parameters()).dtype))
+        # Without answers the head and the model still get their (zero) gradients: see `_hidden`.
+        return verdict if len(at) else verdict + flat.sum() * 0
+
     def _scores(self, batch: Batch) -> Scores:
         if self._asked is None or self._asked[0] is not batch:
             self._asked = (batch, self._score(self._hidden(batch), batch))
         return self._asked[1]
 
+    def _flat(self, batch: Batch) -> Tensor:
+        """Hidden states of every token, [R * T, H]: one forward pass however many questions."""
+        if self._seen is None or self._seen[0] is not batch:
+            setup = self._setup
+            plan = attention.choose(batch, backend=setup.backend)
+            dtype = setup.model.get_input_embeddings().weight.dtype
+            masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
+            with setup.tap.opened() as tap:
+                self._model(input_ids=batch.ids, use_cache=False, **masks)
+                hidden = tap.hidden
+            assert hidden is not None, "the output head was not called"
+            self._seen = (batch, hidden.reshape(-1, hidden.shape[-1]))
+        return self._seen[1]
+
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states at the parents of supervised tokens, [U, H]."""
-        setup = self._setup
-        plan = attention.choose(batch, backend=setup.backend)
-        dtype = self._setup.model.get_input_embeddings().weight.dtype
-        masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
-        with setup.tap.opened() as tap:
-            self._model(input_ids=batch.ids, use_cache=False, **masks)
-            hidden = tap.hidden
-        assert hidden is not None, "the output head was not called"
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = self._flat(batch)
         picked = flat[batch.source]
         # A batch without supervised tokens still belongs to the step: every parameter gets a (zero) gradient.
         return picked if len(picked) else flat[:0] + flat.sum() * 0

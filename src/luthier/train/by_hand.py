@@ -3,13 +3,23 @@ the two equal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from luthier.core.batch import Batch, total_units
-from luthier.core.objective import Objective
+from luthier.core.objective import Objective, Policy
 from luthier.model.policy import PolicySetup
+
+
+@torch.no_grad()
+def survey(policy: Callable[[], Policy], objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
+    """What the objective wants summed over a whole step before its first loss."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, value in objective.survey(policy(), batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
 
 
 def train(
@@ -27,11 +37,14 @@ def train(
     """
     losses = []
     setup.model.train()
-    for micro_batches in steps:
+    steps = list(steps)
+    for number, micro_batches in enumerate(steps):
         totals = total_units(micro_batches)
+        if objective.surveys:
+            totals |= survey(setup.bind, objective, micro_batches)
         step_loss = 0.0
         for batch in micro_batches:
-            loss, _ = objective.loss(setup.bind(), batch.with_totals(totals))
+            loss, _ = objective.loss(setup.bind(), batch.with_totals(totals, number / len(steps)))
             loss.backward()
             step_loss += loss.item()
         if max_grad_norm:

@@ -16,7 +16,7 @@ from luthier.data.layout import collate
 from luthier.data.plan import Choice, choose_layout, pack
 from luthier.model.policy import PolicySetup
 from luthier.model.verify import Verdict, verify
-from luthier.train.sampler import Bundles, Collator
+from luthier.train.sampler import Bundles, Collator, Complete
 
 log = get_logger("train")
 
@@ -43,11 +43,10 @@ class Rows:
     layout: str
 
 
-def bundle(examples: Examples, *, packing: bool, cutoff_len: int) -> Bundles:
+def bundle(examples: Examples, *, packing: bool, cutoff_len: int, complete: Complete | None = None) -> Bundles:
     """One example a row, or with packing as many as fit `cutoff_len` tokens."""
-    if not packing:
-        return Bundles(examples)
-    return Bundles(examples, pack(examples.tree_tokens.tolist(), cutoff_len))
+    bundles = pack(examples.tree_tokens.tolist(), cutoff_len) if packing else None
+    return Bundles(examples, bundles, complete)
 
 
 def choose(train: Bundles, wish: str, batch_size: int, *, noisy: bool = False) -> Choice:

@@ -10,19 +10,31 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from luthier.core.types import Encoded
 
+Complete = Callable[[int, Sequence[tuple[Encoded, str]]], tuple[Encoded, str]]
+
 
 class Bundles(Dataset):
     """Examples grouped into what one row of a micro-batch holds: single examples, or packed rows."""
 
-    def __init__(self, examples: Sequence[tuple[Encoded, str]], bundles: Sequence[Sequence[int]] | None = None):
+    def __init__(
+        self,
+        examples: Sequence[tuple[Encoded, str]],
+        bundles: Sequence[Sequence[int]] | None = None,
+        complete: Complete | None = None,
+    ):
         self.examples = examples
         self.bundles = bundles
+        self.complete = complete
+        """`Objective.complete`: an example as it is trained, given the whole set."""
 
     def __len__(self) -> int:
         return len(self.examples) if self.bundles is None else len(self.bundles)
 
     def __getitem__(self, index: int) -> list[tuple[Encoded, str]]:
-        return [self.examples[i] for i in ([index] if self.bundles is None else self.bundles[index])]
+        chosen = [index] if self.bundles is None else self.bundles[index]
+        if self.complete is None:
+            return [self.examples[i] for i in chosen]
+        return [self.complete(i, self.examples) for i in chosen]
 
 
 class RankSampler(BatchSampler):

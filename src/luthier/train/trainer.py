@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from luthier.core.batch import Batch
 from luthier.core.errors import TrainingError
 from luthier.core.objective import Objective
+from luthier.model import heads
 from luthier.model.policy import PolicySetup
 from luthier.train import checkpoint
+from luthier.train.by_hand import survey
 from luthier.train.sampler import Bundles, EpochLoader, RankSampler
 
 Sidecar = Callable[[Path], None]
@@ -94,13 +96,22 @@ class Trainer(transformers.Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, float]:
         batches = [sample["batch"] for sample in batch_samples]
         counts = _counts(batches)
-        totals = self._over_ranks(counts)
+        totals = self._over_ranks(counts) | self._survey(batches)
         computed = int(totals.pop("computed"))
         self.tokens_seen += computed
         self.trained_seen += totals["token"]
         self.state.num_input_tokens_seen += computed
         self._steps_to_log += 1
         return totals
+
+    def _survey(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """What the objective sums over the whole step before its first loss, over all ranks."""
+        if not self.objective.surveys:
+            return {}
+        device = self.args.device
+        return self._over_ranks(
+            survey(lambda: self.setup.bind(), self.objective, (batch.to(device) for batch in batches))
+        )
 
     def _over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
         names = sorted(counts)
@@ -111,7 +122,8 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss; times the number of ranks, whose gradients are averaged."""
-        batch = inputs["batch"].to(self.args.device).with_totals(num_items_in_batch)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        batch = inputs["batch"].to(self.args.device).with_totals(num_items_in_batch, progress)
         loss, logs = self._ask(model, batch)
         if not torch.isfinite(loss):
             raise TrainingError(self._non_finite(f"The loss is {loss.item()}", batch.names))
@@ -179,7 +191,7 @@ class Trainer(transformers.Trainer):
         training = model.training
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        totals = self._totals_of(dataloader)
+        totals = self._totals_of(dataloader) | self._survey_all(dataloader)
         sums: dict[str, float] = {"loss": 0.0}
         for inputs in dataloader:
             batch = inputs["batch"].to(self.args.device).with_totals(totals)
@@ -197,6 +209,24 @@ class Trainer(transformers.Trainer):
             counts = _counts([inputs["batch"] for inputs in dataloader])
             self._eval_totals[known] = self._over_ranks(counts)
         return self._eval_totals[known]
+
+    def _survey_all(self, dataloader: EpochLoader) -> dict[str, float]:
+        # Not remembered: the model changes between evaluations.
+        return self._survey([inputs["batch"] for inputs in dataloader]) if self.objective.surveys else {}
+
+    @torch.no_grad()
+    def records(self, dataset: Bundles) -> Iterator[tuple[str, list[dict[str, float]]]]:
+        """What the objective records about each answer of a set: (where the example came from, one dict per answer)."""
+        self.model.eval()
+        for inputs in self._loader(dataset, self.args.eval_batch_size, shuffle=False):
+            batch = inputs["batch"].to(self.args.device)
+            columns = {
+                name: values.tolist() for name, values in self.objective.record(self.setup.bind(), batch).items()
+            }
+            answers: list[list[dict[str, float]]] = [[] for _ in batch.names]
+            for answer, (group, score) in enumerate(zip(batch.group.tolist(), batch.score.tolist())):
+                answers[group].append({"score": score} | {name: values[answer] for name, values in columns.items()})
+            yield from zip(batch.names, answers)
 
     # Checkpoints: complete or absent.
 
@@ -245,13 +275,36 @@ class Trainer(transformers.Trainer):
         self.state.save_to_json(str(folder / checkpoint.STATE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        head = self.setup.head
+        if head is not None:
+            state_dict = heads.without_head(self.model, state_dict)
+        super()._save(str(folder), state_dict)
         if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            if head is not None and self.objective.head is not None:
+                facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
+                heads.save(head, self.objective.head, folder, facts)
             # A pickle of the arguments; the config files say the same in the open.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             for write in self.sidecars:
                 write(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_head(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint)
+
+    def _load_head(self, folder: str) -> None:
+        if self.setup.head is not None and self.objective.head is not None:
+            heads.load(self.setup.head, self.objective.head, folder)
+
+    @property
+    def objective_name(self) -> str:
+        """The file in objectives/ that the objective comes from."""
+        return type(self.objective).__module__.rpartition(".")[2]
 
 
 def _counts(batches: Sequence[Batch]) -> dict[str, float]:

@@ -1,0 +1,108 @@
+"""A small head beside the output head: what it is built from, where it sits, how it is saved and found again.
+
+The head reads the hidden states that the output head would read (see `HiddenTap`), at the asked positions only, and
+computes in float32. It is a submodule of the model, so that device placement, DDP and optimisers see it; on disk it is
+`NAME_head.safetensors` with a json beside it, and the base model's own files are as if it were not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import ModelError
+from luthier.core.log import get_logger
+from luthier.core.registry import find, names
+
+log = get_logger("model")
+
+SLOT = "luthier_head"
+"""Name of the submodule."""
+PREFIX = "v_head."
+"""Prefix of the head's tensors on disk, as in TRL's and LLaMA-Factory's value_head.safetensors."""
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The PreTrainedModel inside a PeftModel, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def attach(model: nn.Module, name: str, keys: Any = None, *, seed: int = 0) -> nn.Module:
+    """Put the head `heads/NAME.py` builds onto the model, float32 and trainable, and return it.
+
+    keys: the objective's Config, for heads that have settings. The output head, which nothing reads any more, is
+    frozen unless it is tied to the embeddings.
+    """
+    base = base_of(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = find("heads", name).build(base.config.get_text_config().hidden_size, keys)
+    weight = base.get_input_embeddings().weight
+    base.add_module(SLOT, head.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32))
+    output = base.get_output_embeddings()
+    if output is not None and output.weight is not weight:
+        output.requires_grad_(False)
+    return head
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The head on a model, if there is one."""
+    return dict(base_of(model).named_children()).get(SLOT)
+
+
+def without_head(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The model's state as its own files should have it."""
+    found = model.state_dict() if state is None else state
+    return {key: value for key, value in found.items() if f"{SLOT}." not in key}
+
+
+def save(head: nn.Module, name: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write NAME_head.safetensors and NAME_head.json into a folder."""
+    from safetensors.torch import save_file
+
+    tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+    save_file(tensors, str(folder / f"{name}_head.safetensors"), metadata={"format": "pt"})
+    text = json.dumps({"head": name, **facts}, indent=2) + "\n"
+    (folder / f"{name}_head.json").write_text(text, encoding="utf-8")
+
+
+def saved_in(folder: str | Path) -> str | None:
+    """The name of the head that was saved in a folder, if any."""
+    found = [name for name in names("heads") if (Path(folder) / f"{name}_head.safetensors").is_file()]
+    return found[0] if found else None
+
+
+def load(head: nn.Module, name: str, folder: str | Path) -> None:
+    """Fill `head` (a NAME head) from the head saved in a folder.
+
+    A head may take over what it shares with another kind (`heads/NAME.py: adopts`), which is said in one line; the rest
+    stays fresh. Raises ModelError for a head of a kind it cannot take, and for shapes that do not fit.
+    """
+    from safetensors.torch import load_file
+
+    found = saved_in(folder)
+    if found is None:
+        raise ModelError(f"{folder} holds no head (no *_head.safetensors).")
+    stored = {
+        key.removeprefix(PREFIX): value for key, value in load_file(Path(folder) / f"{found}_head.safetensors").items()
+    }
+    if found != name:
+        adopts = find("heads", name).ADOPTS
+        if found not in adopts:
+            raise ModelError(
+                f"{folder} holds a {found} head, and this run needs a {name} head; one cannot be made from the other. "
+                f"Choose the stage that trains a {found} head, or another adapter_name_or_path."
+            )
+        log.info("The %s head of %s becomes a %s head; what it does not have starts fresh.", found, folder, name)
+    missing, unexpected = head.load_state_dict(stored, strict=False), ()
+    fresh = [key for key in missing.missing_keys if found == name]
+    unexpected = missing.unexpected_keys
+    if fresh or unexpected:
+        raise ModelError(f"The {found} head of {folder} does not fit: missing {fresh}, unexpected {list(unexpected)}.")
