@@ -40,7 +40,6 @@ def fit(run: Run) -> Result:
     from luthier.data.template import make_renderer
     from luthier.model.adapt import adapt, count_parameters
     from luthier.model.load import load_model
-    from luthier.model.policy import PolicySetup
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import config, report, rows
     from luthier.train.trainer import Trainer
@@ -71,7 +70,7 @@ def fit(run: Run) -> Result:
         upcast=not run.train.pure_bf16,
     )
     log.info("%s", count_parameters(model))
-    setup = PolicySetup(model)
+    setup = _policy(run, model, args)
 
     complete = run.objective.complete
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
@@ -138,6 +137,27 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
+
+
+def _policy(run: Run, model: Any, args: transformers.TrainingArguments) -> Any:
+    """The model with the head and the reference its objective asks for."""
+    from luthier.model import heads
+    from luthier.model.adapt import adapter_folders
+    from luthier.model.policy import PolicySetup
+    from luthier.model.reference import make_reference
+
+    objective, head = run.objective, None
+    if objective.head is not None:
+        head = heads.attach(model, objective.head, objective.config, seed=args.seed)
+        sources = [*adapter_folders(run.adapter, run.model), Path(run.model.model_name_or_path)]
+        source = next((folder for folder in reversed(sources) if heads.saved_in(folder)), None)
+        if source is not None:
+            heads.load(head, objective.head, source)
+            log.info("Training goes on with the %s head of %s.", objective.head, source)
+    setup = PolicySetup(model, head=head)
+    if "reference" in objective.frozen:
+        setup.reference = make_reference(run.reference, setup, run.model, dtype=_weights(run, args))
+    return setup
 
 
 def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from luthier.export import ExportConfig
     from luthier.model.adapt import AdapterConfig
     from luthier.model.load import ModelConfig
+    from luthier.model.reference import ReferenceConfig
 
 __all__ = ["OWNERS", "Run", "RunConfig", "Source", "resolve"]
 
@@ -49,6 +50,7 @@ OWNERS: dict[str, str] = {
     "template": "luthier.data.template:TemplateConfig",
     "layout": "luthier.data.layout:LayoutConfig",
     "adapter": "luthier.model.adapt:AdapterConfig",
+    "reference": "luthier.model.reference:ReferenceConfig",
     "train": "luthier.train.config:TrainConfig",
     "generate": "luthier.engines.sampling:GenerateConfig",
     "export": "luthier.export:ExportConfig",
@@ -76,6 +78,7 @@ class Run:
     adapter: AdapterConfig
     adapter_keys: Any
     """The Config of adapters/FINETUNING_TYPE.py."""
+    reference: ReferenceConfig
     train: TrainConfig
     training: dict[str, Any]
     """Hugging Face's training keys: those the user set, under today's names, and those derived from the machine."""

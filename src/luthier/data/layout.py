@@ -57,18 +57,13 @@ def collate(items: Sequence[tuple[Encoded, str]], *, layout: str, pad_id: int, c
 
 
 def _set_aside(items: Sequence[tuple[Encoded, str]]):
-    """The examples without the paths that are only surveyed, and the examples of those alone (None if there are none)."""
+    """The examples without the paths that are only surveyed; and those paths alone, None if there are none."""
     if not any(path.name.startswith(ASIDE) for encoded, _ in items for path in encoded.paths):
         return items, None
-    parts = []
-    for wanted in (False, True):
-        parts.append(
-            [
-                (replace(e, paths=tuple(p for p in e.paths if p.name.startswith(ASIDE) == wanted)), name)
-                for e, name in items
-            ]
-        )
-    return parts
+    return tuple(
+        [(replace(e, paths=tuple(p for p in e.paths if p.name.startswith(ASIDE) == aside)), name) for e, name in items]
+        for aside in (False, True)
+    )
 
 
 def _collate(items, layout: str, pad_id: int, columns: Sequence[str], aside: Batch | None = None) -> Batch:

@@ -101,6 +101,15 @@ class PolicySetup:
         """Take the hook off the model again."""
         self.tap.handle.remove()
 
+    @contextlib.contextmanager
+    def detached(self):
+        """Within this context the model carries no hook of ours, so that it can be copied."""
+        self.close()
+        try:
+            yield
+        finally:
+            self.tap = HiddenTap(self.model.get_output_embeddings())
+
 
 class ModelPolicy:
     """Answers an objective's questions about one batch, with one forward pass however many it asks."""

@@ -3,13 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor, nn
+from luthier.core.errors import ConfigError
 
-from luthier.core.batch import Batch
-from luthier.model.policy import PolicySetup
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from luthier.core.batch import Batch
+    from luthier.model.load import ModelConfig
+    from luthier.model.policy import PolicySetup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What the policy is compared with, for stages that need a reference model."""
+
+    ref_model: str | None = None
+    """Folder or hub id of the reference model. Unset: the model as it was before training, which with an adapter is
+    the same weights with the adapter switched off."""
+    ref_model_adapters: str | list[str] | None = None
+    """Adapters to merge into ref_model."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probs once, before training, and keep them beside the encoded data."""
+
+
+def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: ModelConfig, *, dtype) -> Reference:
+    """The reference of a policy that has not taken a step yet.
+
+    dtype: number format of a reference model of its own. Raises ConfigError for adapters without a model.
+    """
+    from peft import PeftModel
+
+    from luthier.model.adapt import AdapterConfig, adapt
+    from luthier.model.load import load_model
+
+    if config.ref_model is None:
+        if config.ref_model_adapters:
+            raise ConfigError("ref_model_adapters needs ref_model, the model they are merged into.")
+        if isinstance(setup.model, PeftModel):
+            return AdapterOff(setup)
+        # Hooks and the head belong to the policy alone.
+        with setup.detached():
+            return FrozenModel(copy.deepcopy(setup.model), setup)
+    wanted = replace(model_config, model_name_or_path=config.ref_model)
+    device = next(setup.model.parameters()).device
+    model = load_model(wanted, dtype=dtype, device=device)
+    adapters = AdapterConfig(adapter_name_or_path=config.ref_model_adapters)
+    model = adapt(model, adapters, None, model_config=wanted, trainable=False)
+    return FrozenModel(model, setup)
 
 
 class Reference(Protocol):
@@ -27,6 +71,8 @@ class AdapterOff:
 
     def logps(self, batch: Batch) -> Tensor:
         """float [E], without gradient."""
+        import torch
+
         with torch.no_grad(), _evaluating(self.setup.model), self.setup.model.disable_adapter():
             return self.setup.bind().logps(batch)
 
@@ -35,11 +81,15 @@ class FrozenModel:
     """A model of its own: `ref_model`, or a copy of the policy made before the first step."""
 
     def __init__(self, model: nn.Module, setup: PolicySetup):
+        from luthier.model.policy import PolicySetup
+
         self.own = PolicySetup(model.requires_grad_(False).eval(), backend=setup.backend)
         self.policy = setup
 
     def logps(self, batch: Batch) -> Tensor:
         """float [E], without gradient."""
+        import torch
+
         self.own.autocast = self.policy.autocast
         with torch.no_grad():
             return self.own.bind().logps(batch)
