@@ -85,12 +85,12 @@ def skeleton(run: Run) -> nn.Module:
 def check(run: Run) -> list[str]:
     """The findings, one line each; raises a LuthierError for what would stop the run."""
     from luthier.model.adapt import count_parameters
-    from luthier.preview import rows_of
+    from luthier.preview import prepare_data
     from luthier.train.config import training_arguments
     from luthier.train.rows import bundle, choose
 
     args = training_arguments(run.training, run.train)
-    _, prepared, _ = rows_of(run, None)
+    _, prepared = prepare_data(run, run.data)
     examples = prepared.train
     wish = run.layout.packing
     packing = (run.objective.packs if wish is None else wish) or run.layout.neat_packing

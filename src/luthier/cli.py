@@ -57,13 +57,13 @@ VERBS: dict[str, Verb] = {
         "luthier.fit",
         "train a model, all stages",
         "luthier train CONFIG [key=value ...]",
-        "luthier train examples/sft.yaml learning_rate=1e-4 output_dir=saves/first",
+        "luthier train examples/sft_lora.yaml learning_rate=1e-4 output_dir=saves/first",
     ),
     "preview": Verb(
         "luthier.preview",
         "show what the model will see: tokens, and which of them are trained",
         "luthier preview CONFIG [key=value ...] [--rows N] [--format text|jsonl]",
-        "luthier preview examples/sft.yaml --rows 3",
+        "luthier preview examples/sft_lora.yaml --rows 3",
         {
             "rows": Flag("how many examples to show", "N", int),
             "format": Flag("coloured text, or one JSON object per example", "FORMAT", str, ("text", "jsonl"), "text"),
@@ -73,19 +73,19 @@ VERBS: dict[str, Verb] = {
         "luthier.check",
         "check configuration and data without loading weights",
         "luthier check CONFIG [key=value ...]",
-        "luthier check examples/sft.yaml",
+        "luthier check examples/sft_lora.yaml",
     ),
     "chat": Verb(
         "luthier.chat",
         "talk to a model in the terminal",
         "luthier chat CONFIG [key=value ...]",
-        "luthier chat examples/sft.yaml adapter_name_or_path=saves/first",
+        "luthier chat examples/sft_lora.yaml adapter_name_or_path=saves/first",
     ),
     "infer": Verb(
         "luthier.infer",
         "write a model's answers to a file of prompts",
         "luthier infer CONFIG --input FILE --output FILE [key=value ...]",
-        "luthier infer examples/sft.yaml --input prompts.jsonl --output answers.jsonl",
+        "luthier infer examples/sft_lora.yaml --input prompts.jsonl --output answers.jsonl",
         {
             "input": Flag("the prompts", "FILE", required=True),
             "output": Flag("where the answers go; a second call goes on from its end", "FILE", required=True),
@@ -95,7 +95,7 @@ VERBS: dict[str, Verb] = {
         "luthier.export",
         "merge an adapter into its model and save the whole",
         "luthier export CONFIG [key=value ...]",
-        "luthier export examples/sft.yaml adapter_name_or_path=saves/first export_dir=saves/merged",
+        "luthier export examples/sft_lora.yaml adapter_name_or_path=saves/first export_dir=saves/merged",
     ),
     "fetch-model": Verb(
         "luthier.fetch",
@@ -261,6 +261,8 @@ def _dispatch(argv: list[str]) -> int:
 def _call(verb: Verb, argv: list[str]) -> int:
     # Rust's tokenizer threads and forked data workers do not go together; transformers would warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # OpenMP threads that wait by spinning take the cores from one another on a busy machine: ten times slower there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from luthier.core.log import set_up
 
     set_up()

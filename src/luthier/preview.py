@@ -18,16 +18,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from luthier.data.encode import Prepared
+    from luthier.data.source import DataConfig
 
 log = logging.get_logger("preview")
 
 
-def rows_of(run: Run, count: int | None) -> tuple[Any, Prepared, Iterator[tuple[int, Encoded, str]]]:
-    """The tokenizer, what was prepared, and the first `count` encoded examples as (row, encoded, file:row).
-
-    Rows are numbered from 0 in the order of the data; a row that had to be cut into several examples comes several
-    times. Nothing is shuffled or split off.
-    """
+def prepare_data(run: Run, data: DataConfig) -> tuple[Any, Prepared]:
+    """The tokenizer of a run, and its data encoded as training would encode them."""
     from luthier.data.encode import prepare
     from luthier.data.template import make_renderer
     from luthier.model.tokenizer import load_tokenizer
@@ -35,15 +32,24 @@ def rows_of(run: Run, count: int | None) -> tuple[Any, Prepared, Iterator[tuple[
     tokenizer = load_tokenizer(run.model)
     renderer = make_renderer(run.template, tokenizer)
     run.objective.start(renderer)
+    seed = int(run.training.get("seed", 42))
+    return tokenizer, prepare(data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
+
+
+def rows_of(run: Run, count: int | None) -> tuple[Any, Prepared, Iterator[tuple[int, Encoded, str]]]:
+    """The tokenizer, what was prepared, and the first `count` encoded examples as (row, encoded, file:row).
+
+    Rows are numbered from 0 in the order of the data; a row that had to be cut into several examples comes several
+    times. Nothing is shuffled or split off; examples are as the stage trains them.
+    """
     data = dataclasses.replace(run.data, val_size=0.0, eval_dataset=None)
     if count is not None:
         fewest = count if data.max_samples is None else min(count, data.max_samples)
         data = dataclasses.replace(data, max_samples=fewest, tokenized_path=None)
-    seed = int(run.training.get("seed", 42))
-    prepared = prepare(data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
+    tokenizer, prepared = prepare_data(run, data)
     examples = prepared.train
     order = range(len(examples) if count is None else min(count, len(examples)))
-    return tokenizer, prepared, ((examples.row(i), *examples[i]) for i in order)
+    return tokenizer, prepared, ((examples.row(i), *run.objective.complete(i, examples)) for i in order)
 
 
 def as_json(row: int, encoded: Encoded, columns: Sequence[str]) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class Lines(Display):
         return None
 
 
+BAR_WIDTH = 12
+"""Columns; step, loss, time left and tokens/s fit beside it in a terminal of 80."""
+
+
 class Bar(Display):
     """For terminals. While it is up, whatever others write to stderr appears above it."""
 
@@ -75,7 +79,7 @@ class Bar(Display):
         before = sys.stderr
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=BAR_WIDTH),
             TextColumn("{task.fields[facts]}", markup=False),
             console=console,
             refresh_per_second=4,
@@ -96,7 +100,7 @@ class Bar(Display):
 
     def show(self, step: int, total: int, facts: list[str], *, logged: bool) -> None:
         self._end_evaluation()
-        room = self._console.width - len("training ") - 18
+        room = self._console.width - len("training ") - BAR_WIDTH - 1
         text = f"{step}/{total}"
         for fact in facts:
             if len(text) + 2 + len(fact) > room:
