@@ -40,12 +40,22 @@ def items_of(case: str, answers: int, prompt: int, reply: int) -> list:
         stem = tokens(prompt)
         paths = [TokenPath(stem + tokens(reply), [0.0] * prompt + [1.0] * reply) for _ in range(answers)]
         return [(Encoded(tuple(paths)), "ranked")]
-    rows = [json.loads(line) for line in (ROOT / "examples/data/identity_luthier.jsonl").open(encoding="utf-8")][:16]
-    # Words stand for tokens here: lengths matter to speed, ids do not.
-    lengths = [(12 + len(str(row).split()) // 2, 4 + len(str(row).split()) // 2) for row in rows]
-    return [
-        (Encoded((TokenPath(tokens(a + b), [0.0] * a + [1.0] * b),)), f"row {n}") for n, (a, b) in enumerate(lengths)
-    ]
+    return chat_rows()
+
+
+def chat_rows() -> list:
+    """The first 16 examples of the demo: its data, template and tokenizer."""
+    from luthier.preview import rows_of
+    from luthier.run import resolve
+
+    os.chdir(ROOT)
+    run = resolve("examples/demo.yaml")
+    if not Path(run.model.model_name_or_path).is_dir():
+        raise SystemExit(
+            "the chat case reads the demo's tokenizer: luthier fetch-model smollm2-135m models/smollm2-135m"
+        )
+    _, _, examples = rows_of(run, 16)
+    return [(encoded, origin) for _, encoded, origin in examples]
 
 
 def build(layers: int):

@@ -622,3 +622,22 @@ def test_pre_training_on_lines_of_text(home, tokenizer):
 def test_the_report_is_json(home):
     report = prepared(home / "rows.jsonl").report
     assert json.loads(json.dumps(report.to_dict()))["train"] == 20
+
+
+def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path, tokenizer):
+    from luthier.data.encode import prepare
+    from luthier.data.source import DataConfig
+    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.objectives.sft import Sft
+
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "history": [["c", "d"]]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "instruction", "response": "output", "history": "history"}
+    data = DataConfig(
+        dataset=[{"path": str(file), "format": "alpaca", "columns": columns}],
+        max_samples=1,
+        data_cache_dir=str(tmp_path / "cache"),
+    )
+    renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
+    assert len(prepare(data, Sft(), renderer, cutoff_len=50, seed=0).train) == 1
