@@ -39,6 +39,7 @@ def test_names_of_dataset_info(folder):
     assert plain.columns.names == {
         "prompt": "instruction", "query": "input", "response": "output", "history": None, "messages": "conversations",
         "system": None, "tools": None, "chosen": None, "rejected": None, "kto_tag": None,
+        "score": "score",
     }  # fmt: skip
     assert chats.format == "sharegpt"
     assert chats.columns.name("messages") == "talk"
@@ -156,6 +157,8 @@ def test_no_dataset_info_at_all(tmp_path):
         ({"conversations": [{"role": "user", "content": ""}]}, "openai"),
         ({"messages": [{"role": "user", "content": ""}]}, "openai"),
         ({"text": ""}, "text"),
+        ({"instruction": "", "output": [], "score": []}, "ranked"),
+        ({"instruction": "", "output": "", "score": 1.0}, "alpaca"),
     ],
 )
 def test_the_format_is_told_from_the_first_row(tmp_path, row, expected):

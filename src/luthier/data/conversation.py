@@ -40,10 +40,13 @@ def conversation(
         )
     elif len(turns) % 2 == 0:
         answers = (Answer((_spoken(turns.pop(), "response"),), _liked(row, columns)),)
+    return Example(tuple(turns), answers, system, tools_text(row, columns))
+
+
+def tools_text(row: Mapping[str, Any], columns: Columns) -> str:
+    """The tool definitions of a row as JSON text, empty if there are none."""
     tools = columns.get(row, "tools") or ""
-    return Example(
-        tuple(turns), answers, system, tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-    )
+    return tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
 
 
 def loss_weight(turn: Mapping[str, Any], where: str) -> float | None:

@@ -141,6 +141,8 @@ def _format_of(row: Mapping[str, Any], columns: Columns, source: Source, path: P
     if isinstance(messages, list):
         openai = bool(messages) and isinstance(messages[0], Mapping) and "role" in messages[0]
         return "openai" if openai and columns.tags == TAGS else "sharegpt"
+    if isinstance(columns.get(row, "response"), list) and columns.name("score") in row:
+        return "ranked"
     if columns.name("prompt") in row or columns.given:
         return "alpaca"
     if "text" in row:
@@ -196,7 +198,7 @@ def _columns(entry: Mapping[str, Any], defaults: Mapping[str, str | None], place
     resolved = dict(defaults)
     if given:
         resolved = {meaning: given.get(meaning) for meaning in COLUMNS}
-        resolved["messages"] = resolved["messages"] or COLUMNS["messages"]
+        resolved |= {meaning: resolved[meaning] or COLUMNS[meaning] for meaning in ("messages", "score")}
     if ranking:
         resolved |= {meaning: resolved[meaning] or meaning for meaning in ("chosen", "rejected")}
     named = frozenset(meaning for meaning, column in given.items() if column)

@@ -143,6 +143,7 @@ COLUMNS: Mapping[str, str | None] = {
     "chosen": None,
     "rejected": None,
     "kto_tag": None,
+    "score": "score",
 }
 """What a column may mean, and the name LLaMA-Factory expects where the user names no columns."""
 
