@@ -58,9 +58,11 @@ def test_every_llama_factory_key_is_owned_renamed_or_refused():
 def test_every_llama_factory_default_passes():
     run = resolve(BASE | LLAMA_FACTORY | {"dataset": "mine"})
     assert run.adapter_keys.lora_rank == 8
-    # Defaults of freeze in a lora run are the only keys without effect.
+    # Defaults of freeze in a lora run, and of preferences in an sft run, are the only keys without effect.
     silent = [warning.removeprefix("the given keys: ").split()[0] for warning in run.warnings]
-    assert silent == ["freeze_trainable_layers", "freeze_trainable_modules"]
+    preferences = ["pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing"]
+    preferences += ["kto_chosen_weight", "kto_rejected_weight", "simpo_gamma"]
+    assert sorted(silent) == sorted(["freeze_trainable_layers", "freeze_trainable_modules", *preferences])
 
 
 @pytest.mark.parametrize("key", sorted(key for key in LLAMA_FACTORY if key in REFUSED and REFUSED[key].why))

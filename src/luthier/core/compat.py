@@ -77,7 +77,6 @@ _QUANT = "quantised models are not supported yet; load the model in bf16"
 _VLLM = "the vllm engine is not there yet; leave the key out, and answers come from transformers"
 _SGLANG = "the sglang engine is not there yet; leave the key out, and answers come from transformers"
 _KT = "ktransformers is not supported; leave the key out"
-_PREFERENCE = "belongs to preference training, whose stages are not there yet"
 _PPO = "belongs to stage ppo, which is not there yet"
 _REWARD = "a reward model is read by stage ppo only, which is not there yet"
 _REFERENCE = "a reference model is read by preference stages only, which are not there yet"
@@ -147,8 +146,6 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_OFT, module_dropout=0, oft_rank=0, oft_block_size=32, oft_target="all"),
     "use_llama_pro": Refused((False,), "expanded blocks are not supported yet; leave the key out"),
     # stages to come
-    **_group(_PREFERENCE, pref_beta=0.1, pref_ftx=0, pref_bco_weight=0, pref_loss="sigmoid", dpo_label_smoothing=0),
-    **_group(_PREFERENCE, kto_chosen_weight=1, kto_rejected_weight=1, simpo_gamma=0.5, ld_alpha=None),
     **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
     **_group(_REFERENCE, ref_model_quantization_bit=None),
     **_group(_REWARD, reward_model=None, reward_model_adapters=None, reward_model_quantization_bit=None),
