@@ -101,8 +101,14 @@ def load(head: nn.Module, name: str, folder: str | Path) -> None:
                 f"Choose the stage that trains a {found} head, or another adapter_name_or_path."
             )
         log.info("The %s head of %s becomes a %s head; what it does not have starts fresh.", found, folder, name)
-    missing, unexpected = head.load_state_dict(stored, strict=False), ()
-    fresh = [key for key in missing.missing_keys if found == name]
-    unexpected = missing.unexpected_keys
-    if fresh or unexpected:
-        raise ModelError(f"The {found} head of {folder} does not fit: missing {fresh}, unexpected {list(unexpected)}.")
+    own = head.state_dict()
+    wrong = [
+        f"{key} has shape {list(value.shape)} instead of {list(own[key].shape)}"
+        for key, value in stored.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    wrong += [f"{key} is unknown" for key in stored if key not in own]
+    wrong += [f"{key} is missing" for key in own if key not in stored and found == name]
+    if wrong:
+        raise ModelError(f"The {found} head of {folder} does not fit this model: {'; '.join(wrong)}.")
+    head.load_state_dict(stored, strict=False)

@@ -1,6 +1,7 @@
 """Reward model: the better answer of a pair gets the higher score (Bradley-Terry; Ouyang et al. 2022).
 
-loss = mean over prompts of the mean over its pairs of  -log sigma(r_better - r_worse - margin)
+loss = mean over prompts of the mean over its pairs of
+       -log sigma(r_better - r_worse - rm_margin (score_better - score_worse)) + rm_center (r_better + r_worse)^2
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 
+from luthier.core.errors import ConfigError
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
 
@@ -18,12 +20,19 @@ from luthier.data.answers import encode_answers
 class RmConfig:
     """How answers are compared."""
 
+    is_disco: bool = False
+    """true trains a distributional reward model instead: it means stage: disco_rm."""
     rm_margin: float = 0.0
     """Margin added for each unit of difference between the answers' scores (Llama 2's margin); 0 for none."""
     rm_center: float = 0.0
     """Weight of (r_better + r_worse)^2, which keeps rewards centred at zero (Eisenstein et al. 2023)."""
     rm_pairs: Literal["all", "best"] = "all"
     """Which pairs of a ranking of more than two answers count: all of them, or the best against each of the others."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("rm_margin", self.rm_margin), ("rm_center", self.rm_center)):
+            if value < 0:
+                raise ConfigError(f"{key}: {value} must be 0 or more.")
 
 
 class Rm(Objective):
@@ -45,6 +54,7 @@ class Rm(Objective):
         loss = -F.logsigmoid(gap - margin) + self.config.rm_center * (reward[better] + reward[worse]) ** 2
         measures = {"loss": loss, "accuracy": (gap > 0).to(gap.dtype), "margin": gap}
         means = {name: batch.mean(batch.per_group_mean(value, group), over="group") for name, value in measures.items()}
+        means["reward"] = batch.mean(reward, over="answer")
         # A batch without answers still passes through the head, so that every rank's parameters have gradients.
         return means.pop("loss") + reward.sum() * 0, means
 
