@@ -187,7 +187,7 @@ def main() -> None:
                 f"{figures['peak_bytes'] / 2**30:.2f} GiB",
                 f"{padded / figures['seconds']:.2f}x",
             )
-        Console().print(table)
+        Console(width=110).print(table)
     if options.json:
         import torch
         import transformers
