@@ -24,14 +24,14 @@ class _Stderr(logging.StreamHandler):
 
 
 def set_up(level: int = logging.INFO) -> None:
-    """Send Luthier's messages to stderr. Ranks above 0 only speak up from warnings on."""
+    """Send Luthier's messages to stderr. Ranks above 0 say only what is an error: all ranks would say the same."""
     root = logging.getLogger("luthier")
     if not root.handlers:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
         root.propagate = False
-    root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    root.setLevel(level if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
 
 
 def quiet_libraries() -> None:

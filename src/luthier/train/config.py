@@ -60,6 +60,9 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
         keys["resume_from_checkpoint"] = SWITCH[resume.lower()]
     if not keys.get("use_cpu") and not has_accelerator():
         keys["use_cpu"] = True
+    # Every parameter that is trained takes part in every step, also on a rank without data.
+    if keys.get("ddp_find_unused_parameters") is None:
+        keys["ddp_find_unused_parameters"] = False
     if keys.get("use_cpu"):
         train = _cpu_precision(keys, train, notes)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
