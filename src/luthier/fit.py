@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier import predictions
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
@@ -130,6 +131,8 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         found = report.with_perplexity(found) if run.stage == "pt" else found
         trainer.save_metrics("eval", found)
         metrics |= found
+    if trainer.args.do_predict:
+        predictions.write_predictions(trainer, trainer.eval_dataset, Path(trainer.args.output_dir))
     if trainer.is_world_process_zero() and trainer.args.do_train:
         folder = Path(trainer.args.output_dir)
         drawn = report.plot_loss(folder, trainer.state.log_history) if run.train.plot_loss else []

@@ -120,6 +120,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
     settled.problems.extend(misses)
     if {item.name for item in owners} <= {"model", *settled.sections}:
         settled.problems.extend(_cross_check(given, settled, verb))
+        settled.problems.extend(_predicts(given, settled, stage, objective, verb))
     refuse(given.source, settled.problems)
     assert objective is not None
     return _finish(given, settled, objective, stage, verb)
@@ -193,6 +194,17 @@ def _cross_check(given: Given, settled: Settled, verb: str) -> Iterator[Problem]
             yield Problem(keys[0], _place(given, *keys), text)
 
 
+def _predicts(
+    given: Given, settled: Settled, stage: str, objective: type[Objective] | None, verb: str
+) -> Iterator[Problem]:
+    """do_predict with a stage that has nothing to say about an answer."""
+    if verb not in TRAINS or objective is None or not settled.sections["training"].get("do_predict"):
+        return
+    if objective.record is Objective.record:
+        text = f"stage {stage} does not judge answers. To write answers to a file of prompts: luthier infer CONFIG."
+        yield Problem("do_predict", _place(given, "do_predict"), text)
+
+
 def _missing(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
     if verb in TRAINS and not sections["training"].get("output_dir"):
         yield ("output_dir",), "is not set. Say where the run is written, such as saves/my-first-run."
@@ -215,7 +227,7 @@ def _conflicts(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
         return
     yield from complaints(training, sections["train"])
     held_out = data.val_size or data.eval_dataset or data.tokenized_path
-    for key in ("eval_strategy", "do_eval", "eval_on_start"):
+    for key in ("eval_strategy", "do_eval", "eval_on_start", "do_predict"):
         if training.get(key) not in (None, False, "no") and not held_out:
             text = "asks for evaluation, but there are no rows for it. Set val_size or eval_dataset."
             yield (key, "val_size", "eval_dataset"), text
@@ -251,7 +263,7 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
 
 def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> Iterator[str]:
     """Keys that make sense and will still change nothing."""
-    evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval")
+    evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval") or training.get("do_predict")
     if verb in TRAINS and sections["data"].val_size and not evaluates:
         yield "val_size keeps rows from training, but nothing evaluates them; set eval_strategy: steps or epoch."
 

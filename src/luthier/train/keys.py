@@ -61,7 +61,6 @@ RULES: dict[str, Refused] = {
     "prediction_loss_only": Refused((False, True), _PREDICTIONS),
     "bf16_full_eval": Refused((False,), _FULL_EVAL),
     "fp16_full_eval": Refused((False,), _FULL_EVAL),
-    "do_predict": Refused((False,), "answers to a data set are written by `luthier infer CONFIG`"),
 }
 
 DIFFERS: dict[str, str] = {

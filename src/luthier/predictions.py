@@ -1,0 +1,76 @@
+"""`do_predict`: what the trained model thinks of each answer of the evaluation rows, as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.log import get_logger
+
+if TYPE_CHECKING:
+    from luthier.train.sampler import Bundles
+    from luthier.train.trainer import Trainer
+
+log = get_logger("fit")
+
+FILE = "generated_predictions.jsonl"
+"""LLaMA-Factory's name for it."""
+
+Record = tuple[str, list[dict[str, float]]]
+"""Where an example came from, and what is recorded about each of its answers."""
+
+
+def write_predictions(trainer: Trainer, dataset: Bundles | Mapping[str, Bundles], folder: Path) -> Path:
+    """Write `generated_predictions.jsonl`: one object {"row", "answers": [{...}]} per example, in the set's order.
+
+    Of several sets each object names its own under "set". Every rank takes its part; rank 0 writes, and the file
+    is complete or absent.
+    """
+    sets = dataset if isinstance(dataset, Mapping) else {"": dataset}
+    lines: list[str] = []
+    for name, part in sets.items():
+        mine = list(trainer.records(part))
+        for row, answers in _in_order(_of_all_ranks(mine, trainer), trainer.args.eval_batch_size):
+            line = {"row": row, "answers": [_finite(answer) for answer in answers]}
+            lines.append(json.dumps(line | ({"set": name} if name else {}), ensure_ascii=False))
+    target = folder / FILE
+    if trainer.is_world_process_zero():
+        _write(target, "".join(line + "\n" for line in lines))
+        log.info("%d predictions are in %s.", len(lines), target)
+    return target
+
+
+def _of_all_ranks(mine: list[Record], trainer: Trainer) -> list[list[Record]]:
+    if trainer.args.world_size == 1:
+        return [mine]
+    from torch import distributed
+
+    found: list[Any] = [None] * trainer.args.world_size
+    distributed.all_gather_object(found, mine)
+    return found
+
+
+def _in_order(ranks: Sequence[Sequence[Record]], batch: int) -> list[Record]:
+    """The records of all ranks in the set's own order: batch after batch, the ranks take turns (`RankSampler`)."""
+    batches = [[records[i : i + batch] for i in range(0, len(records), batch)] for records in ranks]
+    return [record for turn in zip_longest(*batches, fillvalue=()) for part in turn for record in part]
+
+
+def _finite(answer: Mapping[str, float]) -> dict[str, float | None]:
+    """Without the score of an answer that nobody scored; JSON knows no NaN, so others become null."""
+    known = {name: value for name, value in answer.items() if name != "score" or math.isfinite(value)}
+    return {name: value if math.isfinite(value) else None for name, value in known.items()}
+
+
+def _write(target: Path, text: str) -> None:
+    staged = target.with_name(f".partial-{target.name}")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, target)
