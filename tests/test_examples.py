@@ -67,6 +67,24 @@ FACTS = {
         "train",
         [("training", "max_steps", 10), ("data", "val_size", 2.0), ("layout", "cutoff_len", 256)],
     ),
+    "pro_lora.yaml": (
+        "train",
+        [
+            ("training", "learning_rate", 1e-3),
+            ("training", "num_train_epochs", 10.0),
+            ("data", "val_size", 6.0),
+            ("layout", "cutoff_len", 256),
+        ],
+    ),
+    "tuna_lora.yaml": (
+        "train",
+        [
+            ("training", "learning_rate", 1e-3),
+            ("training", "num_train_epochs", 10.0),
+            ("data", "val_size", 6.0),
+            ("layout", "cutoff_len", 256),
+        ],
+    ),
     "export.yaml": ("export", [("export", "export_size", 5), ("export", "export_dir", "runs/demo_merged")]),
 }
 
@@ -92,6 +110,9 @@ def test_the_stage_follows_the_file(monkeypatch):
     assert resolve(EXAMPLES / "pt_full.yaml").stage == "pt"
     assert resolve(EXAMPLES / "sft_lora.yaml").stage == "sft"
     assert resolve(EXAMPLES / "sft_freeze.yaml").objective.config.mask_history is True
+    pro, tuna = (resolve(EXAMPLES / f"{stage}_lora.yaml").objective.config for stage in ("pro", "tuna"))
+    assert (pro.pro_stage, pro.pro_sft_weight, pro.reward_scale) == (None, 0.05, 1.0)
+    assert (tuna.tuna_margin, tuna.tuna_mle_weight, tuna.mle_on) == (0.1, 1.0, "best")
 
 
 def rows(name: str) -> list[dict]:
@@ -102,6 +123,12 @@ def test_data_files_are_all_named():
     info = json.loads((DATA / "dataset_info.json").read_text())
     files = {entry["file_name"] for entry in info.values()}
     assert files == {file.name for file in DATA.iterdir()} - {"dataset_info.json", "README.md"}
+
+
+def test_the_rankings_are_rankings():
+    lists = rows("ranked_demo.jsonl")
+    assert len(lists) == 22 and {len(row["output"]) for row in lists} == {3, 4, 5}
+    assert any(row["score"] != sorted(row["score"], reverse=True) for row in lists), "some stand in no order"
 
 
 def test_the_demo_asks_what_it_does_not_train_on():
