@@ -36,9 +36,9 @@ class DpoConfig:
     pref_loss: Literal["sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "robust", "exo_pair"] = "sigmoid"
     """The loss of a pair. orpo and simpo need no reference model; ipo, orpo and simpo count log-probs per token."""
     pref_beta: float = 0.1
-    """How strongly the policy is held to the reference; the odds ratio's weight in orpo, the scale in simpo."""
+    """How strongly the policy is held to the reference. In orpo the odds ratio's weight, in simpo the scale."""
     pref_ftx: float = 0.0
-    """Weight of an added SFT loss: minus the best answer's log-prob per token."""
+    """Weight of an added SFT loss: minus the log-prob per token of the best answer; in kto, of the liked answers."""
     pref_bco_weight: float = 0.0
     """Weight w of the binary classifier loss (Jung et al. 2024) in (preference + w bco) / (1 + w). Its reward shift is
     the mean reward of the whole optimiser step, found by a forward pass of its own."""

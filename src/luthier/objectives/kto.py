@@ -36,9 +36,9 @@ class KtoConfig:
     """Weight of the answers that were disliked. With many more of one kind, raise the weight of the other until
     weight x count is about the same."""
     pref_beta: float = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is held to the reference. In orpo the odds ratio's weight, in simpo the scale."""
     pref_ftx: float = 0.0
-    """Weight of an added SFT loss: minus the liked answers' log-prob per token."""
+    """Weight of an added SFT loss: minus the log-prob per token of the best answer; in kto, of the liked answers."""
 
 
 class Kto(Objective):
