@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,8 +100,8 @@ def scores(pairs: Pairs, link: Link) -> dict[str, float]:
 
 
 def _score(answer: Mapping[str, float]) -> float:
-    # NaN is greater than nothing: an answer that nobody scored is in no pair.
-    return float(answer["score"])
+    # Nothing is greater than NaN, nor NaN greater than anything: an answer that nobody scored is in no pair.
+    return float(answer.get("score", math.nan))
 
 
 def _judgement(answer: Mapping[str, float], origin: str) -> tuple[float, float]:
