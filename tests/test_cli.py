@@ -170,7 +170,7 @@ def test_flags_of_verbs():
     assert command == ("a.yaml", ["x=1"], {"rows": 3, "format": "jsonl"})
     assert parse_command(["--markdown"], "schema").flags == {"markdown": True, "compatibility": False}
     command = parse_command(["a.yaml", "--input", "in.jsonl", "--output", "out.jsonl"], "infer")
-    assert command.flags == {"input": "in.jsonl", "output": "out.jsonl"}
+    assert command.flags == {"input": "in.jsonl", "output": "out.jsonl", "n": 1, "select": None}
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,25 @@ VERBS: dict[str, Verb] = {
     "infer": Verb(
         "luthier.infer",
         "write a model's answers to a file of prompts",
-        "luthier infer CONFIG --input FILE --output FILE [key=value ...]",
+        "luthier infer CONFIG --input FILE --output FILE [--n N --select HOW] [key=value ...]",
         "luthier infer examples/sft_lora.yaml --input prompts.jsonl --output answers.jsonl",
         {
             "input": Flag("the prompts", "FILE", required=True),
             "output": Flag("where the answers go; a second call goes on from its end", "FILE", required=True),
+            "n": Flag("how many answers to draw for each prompt; one is chosen", "N", int, default=1),
+            "select": Flag(
+                "which: best (most probable), vote, or rm (key reward_model)", "HOW", str, ("best", "vote", "rm")
+            ),
+        },
+    ),
+    "score": Verb(
+        "luthier.score",
+        "write a reward model's scores of a file of prompts and answers",
+        "luthier score CONFIG --input FILE --output FILE [key=value ...]",
+        "luthier score saves/rm --input pairs.jsonl --output scores.jsonl",
+        {
+            "input": Flag("rows with a prompt and one or more answers", "FILE", required=True),
+            "output": Flag("where the scores go; a second call goes on from its end", "FILE", required=True),
         },
     ),
     "export": Verb(

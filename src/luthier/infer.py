@@ -1,32 +1,36 @@
 """Answers to a file of prompts.
 
-luthier infer CONFIG --input prompts.jsonl --output answers.jsonl [key=value ...]
+luthier infer CONFIG --input prompts.jsonl --output answers.jsonl [--n 8 --select best|vote|rm] [key=value ...]
 
-Each answer is a line {"row", "prompt", "predict"} and "label" where the row brings the expected answer. A run that
-was interrupted goes on where it stopped when the same command is given again.
+Each answer is a line {"row", "prompt", "predict"} and "label" where the row brings the expected answer. With --n the
+line also keeps the n candidates with what they were chosen by. A run that was interrupted goes on where it stopped
+when the same command is given again.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError, DataError, LuthierError
 from luthier.core.log import get_logger
+from luthier.resumable import append, make, progress, read_examples, resume
 
 if TYPE_CHECKING:
-    from luthier.core.types import Example
+    from luthier.core.types import Encoded, Example
+    from luthier.engines.best_of import Candidate
+    from luthier.engines.sampling import GenerateConfig
+    from luthier.engines.scoring import Judge
+    from luthier.run import Run
     from luthier.serving import Speaker
 
 log = get_logger("infer")
 
-_WINDOW = 4
+WINDOW = 4
 """Batches that are sorted by length together; their answers are written together, in order."""
+EXPECTED = "messages (role, content), or prompt, or instruction and input"
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class Question:
     prompt: str
     """What the model is given, as text."""
     label: str | None
+    example: Example
 
-    def answered(self, predict: str) -> dict[str, Any]:
+    def answered(self, predict: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """The line of the output."""
-        line = {"row": self.row, "prompt": self.prompt, "predict": predict}
+        line = {"row": self.row, "prompt": self.prompt, "predict": predict, **more}
         return line if self.label is None else line | {"label": self.label}
 
 
@@ -55,79 +60,143 @@ def main(argv: Sequence[str]) -> int:
     command = parse_command(argv, "infer")
     source, output = (Path(command.flags[flag]).expanduser() for flag in ("input", "output"))
     run = resolve(command.config, command.overrides, verb="infer")
+    select = _selection(command.flags["n"], command.flags["select"], run)
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
-    examples = read_examples(source)
-    _make(output)
+    examples = read_examples(source, read_row, expected=EXPECTED)
+    make(output)
     speaker = load_engine(run)
     questions = [_question(row, example, speaker) for row, example in enumerate(examples)]
-    done = resume(output, questions)
-    infer(speaker, run.generate, [question for question in questions if question.row not in done], output)
+    choice = () if select is None else (command.flags["n"], select)
+    asked = {question.row: (question.prompt, *choice) for question in questions}
+    names = ("prompt", "n", "select")[: 1 + len(choice)]
+    done = resume(output, asked, lambda line: tuple(line[name] for name in names), holds=("row", "predict", *names))
+    left = [question for question in questions if question.row not in done]
+    chooser = None if select is None else Chooser(speaker, run, command.flags["n"], select)
+    infer(speaker, run.generate, left, output, chooser)
     log.info("%d answers are in %s.", len(questions), output)
     return 0
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Rows of a file as examples. Raises DataError naming the row that cannot be used."""
+def read_row(row: Mapping[str, Any]) -> Example:
+    """A row as an example, by its columns; raises BadRow."""
     from luthier.core.registry import find
-    from luthier.data.files import open_source
-    from luthier.data.source import BadRow, Source
 
-    if not path.exists():
-        raise DataError(f"--input: there is no file {path}.")
-    examples: list[Example] = []
-    for file in open_source(Source(name=path.name, place="--input", path=path)):
-        for index, row in enumerate(file.take(range(len(file)))):
-            name, columns = _shape(row)
-            try:
-                examples.append(find("formats", name).read(row, columns))
-            except BadRow as error:
-                why = f"{error.reason} ({error.detail})" if error.detail else error.reason
-                raise DataError(
-                    f"{file.path}, row {file.number(index)}: {why}. Expected messages (role, content), or prompt, or "
-                    "instruction and input. Mend or remove the row; nothing was answered."
-                ) from None
-    return examples
+    name, columns = _shape(row)
+    return find("formats", name).read(row, columns)
 
 
-def infer(speaker: Speaker, sampling: Any, questions: Sequence[Question], output: Path) -> None:
+def infer(
+    speaker: Speaker, sampling: GenerateConfig, questions: Sequence[Question], output: Path, chooser: Chooser | None
+) -> None:
     """Answer questions and append each answer to `output`; what is written is on disk before the next batch."""
-    size = sampling.infer_batch_size * _WINDOW
-    with output.open("a", encoding="utf-8") as file, _progress(len(questions)) as advance:
+    size = sampling.infer_batch_size * WINDOW
+    with output.open("a", encoding="utf-8") as file, progress(len(questions), "answering") as advance:
         for start in range(0, len(questions), size):
             window = questions[start : start + size]
-            seeds = [_seed(speaker.seed, question.row) for question in window]
-            answers = speaker.engine.generate(
-                [question.ids for question in window], sampling, speaker.renderer.stop_ids, seeds=seeds
-            )
-            for question, ids in zip(window, answers):
-                line = question.answered(speaker.engine.text(ids, sampling))
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            if chooser is not None:
+                append(file, chooser.lines(window, sampling))
+            else:
+                answers = speaker.engine.generate(
+                    [question.ids for question in window],
+                    sampling,
+                    speaker.renderer.stop_ids,
+                    seeds=[_seed(speaker.seed, question.row) for question in window],
+                )
+                texts = [speaker.engine.text(ids, sampling) for ids in answers]
+                append(file, (question.answered(text, {}) for question, text in zip(window, texts)))
             advance(len(window))
 
 
-def resume(output: Path, questions: Sequence[Question]) -> set[int]:
-    """Rows that `output` already answers; half a line that a killed run left at its end is taken off.
+class Chooser:
+    """Draws n answers to each question and chooses one; see `engines.best_of`."""
 
-    Raises DataError if the answers there are to other prompts.
-    """
-    _take_off_half_line(output)
-    prompts = {question.row: question.prompt for question in questions}
-    done: set[int] = set()
-    with output.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            line = _answer_line(text, f"{output}, line {number}")
-            if prompts.get(line["row"]) != line["prompt"]:
-                raise DataError(
-                    f"{output}, line {number}: row {line['row']} there was asked something else than the input asks now"
-                    " (another input, template or system prompt). Give another --output, or remove the file."
-                )
-            done.add(line["row"])
-    if done:
-        log.info("%s holds %d answers; %d are left.", output, len(done), len(questions) - len(done))
-    return done
+    def __init__(self, speaker: Speaker, run: Run, n: int, select: str):
+        from luthier.serving import find_run, load_judge, trees_of
+
+        self._speaker, self._n, self._select = speaker, n, select
+        self._trees = trees_of(speaker)
+        self._judge: Judge | None = None
+        if select == "rm":
+            assert run.score.reward_model is not None
+            self._judge = load_judge(find_run(run.score.reward_model, verb="score"), run.score)
+
+    def lines(self, questions: Sequence[Question], sampling: GenerateConfig) -> list[dict[str, Any]]:
+        """One line per question, with all candidates in the order they were drawn."""
+        from luthier.engines.best_of import SELECT
+
+        lines = []
+        for question, candidates in zip(questions, self._draw(questions, sampling)):
+            chosen, said = SELECT[self._select](candidates)
+            shown = [{"text": one.text, "logp": one.logp, **more} for one, more in zip(candidates, said)]
+            more = {"n": self._n, "select": self._select, "candidates": shown}
+            lines.append(question.answered(candidates[chosen].text, more))
+        return lines
+
+    def _draw(self, questions: Sequence[Question], sampling: GenerateConfig) -> list[list[Candidate]]:
+        from luthier.engines.best_of import Candidate, mean_logps
+
+        speaker, n = self._speaker, self._n
+        flat = speaker.engine.generate(
+            [question.ids for question in questions for _ in range(n)],
+            sampling,
+            speaker.renderer.stop_ids,
+            seeds=[_seed(speaker.seed, question.row, nth) for question in questions for nth in range(n)],
+            keep_stop=True,
+        )
+        answers = [flat[start : start + n] for start in range(0, len(flat), n)]
+        together = max(1, sampling.infer_batch_size // n)
+        logps = mean_logps(self._trees, [question.ids for question in questions], answers, together)
+        texts = [[self._text(ids, sampling) for ids in several] for several in answers]
+        if self._judge is None:
+            return [[Candidate(*one) for one in zip(*both)] for both in zip(texts, logps)]
+        return self._judged(questions, texts, logps)
+
+    def _judged(
+        self, questions: Sequence[Question], texts: Sequence[Sequence[str]], logps: Sequence[Sequence[float]]
+    ) -> list[list[Candidate]]:
+        from luthier.engines.best_of import Candidate
+        from luthier.engines.scoring import worth
+
+        assert self._judge is not None
+        items = [_to_judge(question, several, self._judge) for question, several in zip(questions, texts)]
+        said = self._judge.judge(items)
+        return [
+            [Candidate(text, logp, what, worth(what)) for text, logp, what in zip(*row)]
+            for row in zip(texts, logps, said)
+        ]
+
+    def _text(self, ids: list[int], sampling: GenerateConfig) -> str:
+        ended = bool(ids) and ids[-1] in self._speaker.renderer.stop_ids
+        return self._speaker.engine.text(ids[: len(ids) - ended], sampling)
+
+
+def _selection(n: int, select: str | None, run: Run) -> str | None:
+    """How one of n answers is chosen; None where there is only one. Raises ConfigError."""
+    if n < 1:
+        raise ConfigError(f"--n {n}: must be 1 or more.")
+    if n == 1:
+        if select is not None:
+            raise ConfigError(f"--select {select} chooses among several answers: add --n 8, for example.")
+        return None
+    if not run.generate.do_sample or run.generate.num_beams > 1:
+        raise ConfigError(f"--n {n} draws {n} answers at random; it needs do_sample: true and num_beams: 1.")
+    if select == "rm" and run.score.reward_model is None:
+        raise ConfigError(
+            "--select rm needs reward_model: a folder that `luthier train` left behind (stage rm), or its YAML file."
+        )
+    return select or "best"
+
+
+def _to_judge(question: Question, texts: Sequence[str], judge: Judge) -> Encoded:
+    from luthier.core.types import Answer, Example, Message
+
+    asked = question.example
+    answers = tuple(Answer((Message("assistant", text),)) for text in texts)
+    try:
+        return judge.encode(Example(asked.prompt, answers, asked.system, asked.tools))
+    except LuthierError as error:
+        raise DataError(f"--input, row {question.row + 1}: reward_model: {error}") from error
 
 
 def _shape(row: Any) -> tuple[str, Any]:
@@ -156,66 +225,10 @@ def _question(row: int, example: Example, speaker: Speaker) -> Question:
         raise DataError(f"--input, row {row + 1}: {error}") from error
     label = example.answers[0].messages[-1].content if example.answers else None
     prompt = speaker.engine.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return Question(row, ids, prompt, label)
+    return Question(row, ids, prompt, label, example)
 
 
-def _answer_line(text: str, place: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON ({error}); this is no file of answers. Give another --output.") from None
-    if not isinstance(line, dict) or not {"row", "prompt", "predict"} <= line.keys():
-        raise DataError(f"{place} is no answer (row, prompt, predict). Give another --output.")
-    return line
-
-
-def _take_off_half_line(output: Path) -> None:
-    with output.open("rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            file.truncate(whole)
-            log.warning("%s ended in the middle of a line; that answer is made again.", output)
-
-
-def _make(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.touch()
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error}.") from error
-
-
-def _seed(seed: int, row: int) -> int:
-    # Generators look at 32 bits; neighbouring runs must not share seeds with neighbouring rows.
-    return (seed * 1_000_003 + row) % 2**32
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on a terminal, one line per window elsewhere; gives a function to be told how many are done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from luthier.train.runlog import Clock, clock_time
-
-    console, clock, done = Console(stderr=True), Clock(), 0
-    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answering", total=total)
-
-        def advance(more: int) -> None:
-            nonlocal done
-            done += more
-            bar.update(task, completed=done)
-            if not console.is_terminal:
-                log.info("%d/%d answered, %s left", done, total, clock_time(clock.remaining(done, total) or 0))
-
-        yield advance
+def _seed(seed: int, row: int, nth: int = 0) -> int:
+    # Generators look at 32 bits; neighbouring runs must not share seeds with neighbouring rows, nor rows with the
+    # further answers of others: those stand 2^32 / golden ratio apart.
+    return (seed * 1_000_003 + row + nth * 2_654_435_769) % 2**32

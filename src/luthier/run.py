@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig
     from luthier.engines.sampling import GenerateConfig
+    from luthier.engines.scoring import ScoreConfig
     from luthier.export import ExportConfig
     from luthier.model.adapt import AdapterConfig
     from luthier.model.load import ModelConfig
@@ -53,6 +54,7 @@ OWNERS: dict[str, str] = {
     "reference": "luthier.model.reference:ReferenceConfig",
     "train": "luthier.train.config:TrainConfig",
     "generate": "luthier.engines.sampling:GenerateConfig",
+    "score": "luthier.engines.scoring:ScoreConfig",
     "export": "luthier.export:ExportConfig",
 }
 """Sections of a run and the dataclass that owns each one's keys."""
@@ -83,6 +85,7 @@ class Run:
     training: dict[str, Any]
     """Hugging Face's training keys: those the user set, under today's names, and those derived from the machine."""
     generate: GenerateConfig
+    score: ScoreConfig
     export: ExportConfig
     plugins: str | None = None
     notes: tuple[str, ...] = ()

@@ -1,24 +1,32 @@
-"""From a Run to something that answers: tokenizer, template, model with its adapters, engine."""
+"""From a Run to something that answers or judges: tokenizer, template, model with its adapters, engine or head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from luthier.core.objective import Renderer
+    from luthier.engines._trees import Trees
     from luthier.engines.hf import Engine
+    from luthier.engines.scoring import Judge, ScoreConfig
     from luthier.run import Run
 
 log = get_logger("serving")
 
 SEED = 42
 """Hugging Face's default."""
+RESOLVED = "resolved_config.yaml"
+"""What `luthier train` leaves beside the weights: every key with its value."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +40,113 @@ class Speaker:
 
 def load_engine(run: Run) -> Speaker:
     """Load what the configuration names, adapters merged, on the accelerator if there is one."""
-    from luthier.data.template import make_renderer
     from luthier.engines.hf import Engine
+
+    _point_out_adapter(run)
+    model, tokenizer, renderer = _load(run)
+    return Speaker(Engine(model, tokenizer), renderer, int(run.training.get("seed", SEED)))
+
+
+def trees_of(speaker: Speaker) -> Trees:
+    """The speaker's own model, to be asked how probable answers are."""
+    from luthier.engines._trees import Trees
+    from luthier.model.policy import PolicySetup
+
+    engine = speaker.engine
+    return Trees(PolicySetup(engine.model), pad_id=engine.tokenizer.pad_token_id)
+
+
+def load_judge(run: Run, config: ScoreConfig | None = None) -> Judge:
+    """Load a reward model: what the configuration names, adapters merged, with the head that was saved beside them.
+
+    A training configuration stands for what it trained: `output_dir` is taken where nothing else has a head. config:
+    keys of another run that win over this one's. Raises ModelError if there is no head.
+    """
+    from luthier.engines._trees import Trees
+    from luthier.engines.scoring import Judge
+    from luthier.model import heads
+    from luthier.model.policy import PolicySetup
+
+    run, folder = _with_head(run)
+    name = heads.saved_in(folder)
+    assert name is not None
+    model, tokenizer, renderer = _load(run)
+    head = heads.attach(model, name, run.objective.config if run.objective.head == name else None)
+    heads.load(head, name, folder)
+    setup = PolicySetup(model.requires_grad_(False).eval(), head=head)
+    trees = Trees(setup, pad_id=tokenizer.pad_token_id, layout=run.layout.layout)
+    log.info("The %s head is that of %s.", name, folder)
+    return Judge(trees, renderer, head=name, cutoff_len=run.layout.cutoff_len, config=config or run.score)
+
+
+def find_run(config: str | Path, overrides: Sequence[str] = (), *, verb: str) -> Run:
+    """A run from its YAML file, or from the folder that `luthier train` left behind. Raises ConfigError."""
+    from luthier.run import resolve
+
+    folder = Path(config).expanduser()
+    if not folder.is_dir():
+        return resolve(config, overrides, verb=verb)
+    if not (folder / RESOLVED).is_file():
+        raise ConfigError(
+            f"{folder} was not left behind by `luthier train`: there is no {RESOLVED}. Give the YAML file instead."
+        )
+    return as_trained(resolve(folder / RESOLVED, overrides, verb=verb), folder)
+
+
+def as_trained(run: Run, folder: Path) -> Run:
+    """The run that loads what `run` trained and saved in `folder`: an adapter on top of the others, or a model."""
+    from luthier.model.modules import as_names
+
+    if not (folder / "adapter_config.json").is_file():
+        return replace(run, model=replace(run.model, model_name_or_path=str(folder)))
+    earlier = as_names(run.adapter.adapter_name_or_path)
+    # Training went on with the last of the earlier adapters, unless it was merged and a new one made.
+    merged = earlier if run.adapter.create_new_adapter else earlier[:-1]
+    return replace(run, adapter=replace(run.adapter, adapter_name_or_path=[*merged, str(folder)]))
+
+
+def head_folder(run: Run) -> Path | None:
+    """Where the head of a run's model lies: beside its last adapter that has one, or in the model's folder."""
+    from luthier.model.adapt import adapter_folders
+    from luthier.model.heads import saved_in
+
+    folders = [*reversed(adapter_folders(run.adapter, run.model)), Path(run.model.model_name_or_path).expanduser()]
+    return next((folder for folder in folders if saved_in(folder)), None)
+
+
+def _with_head(run: Run) -> tuple[Run, Path]:
+    from luthier.model.heads import saved_in
+
+    folder = head_folder(run)
+    if folder is not None:
+        return run, folder
+    trained = run.training.get("output_dir")
+    if trained and saved_in(trained):
+        log.info("What was trained into %s is used.", trained)
+        return as_trained(run, Path(trained)), Path(trained)
+    looked = ", ".join(
+        str(place)
+        for place in (run.model.model_name_or_path, run.adapter.adapter_name_or_path, trained)
+        if place is not None
+    )
+    raise ModelError(
+        f"There is no reward model: none of {looked} holds a head (such as value_head.safetensors). Train one with "
+        "stage: rm, and name its folder in adapter_name_or_path."
+    )
+
+
+def _load(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Renderer]:
+    from luthier.data.template import make_renderer
     from luthier.model.adapt import adapt
     from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
 
     quiet_libraries()
-    _point_out_adapter(run)
     tokenizer = load_tokenizer(run.model)
     renderer = make_renderer(run.template, tokenizer)
     device = _device(run)
     model = load_model(run.model, tokenizer=tokenizer, dtype=_dtype(run, device), device=device)
-    model = adapt(model, run.adapter, run.adapter_keys, model_config=run.model, trainable=False)
-    return Speaker(Engine(model, tokenizer), renderer, int(run.training.get("seed", SEED)))
+    return adapt(model, run.adapter, run.adapter_keys, model_config=run.model, trainable=False), tokenizer, renderer
 
 
 def _device(run: Run) -> torch.device:

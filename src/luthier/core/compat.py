@@ -148,7 +148,7 @@ LLAMA_FACTORY: dict[str, Refused] = {
     # stages to come
     **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
     **_group(_REFERENCE, ref_model_quantization_bit=None),
-    **_group(_REWARD, reward_model=None, reward_model_adapters=None, reward_model_quantization_bit=None),
+    **_group(_REWARD, reward_model_adapters=None, reward_model_quantization_bit=None),
     **_group(_REWARD, reward_model_type="lora"),
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
     # optimisers

@@ -47,8 +47,10 @@ class Engine:
         stop_ids: Sequence[int],
         *,
         seeds: Sequence[int] | None = None,
+        keep_stop: bool = False,
     ) -> list[list[int]]:
-        """The answer to each prompt, in order, without the stop token and what follows it.
+        """The answer to each prompt, in order, without what follows the stop token, and without that token itself
+        unless `keep_stop`.
 
         Prompts are batched by length, `infer_batch_size` at a time. An answer depends on its prompt and on its
         seed (`seeds`, one per prompt; by default 0, 1, 2 ...), not on what shares the batch; only sampling with
@@ -64,7 +66,7 @@ class Engine:
                     [prompts[i] for i in rows], sampling, stop_ids, new_tokens, seeds=[seeds[i] for i in rows]
                 )
                 for i, ids in zip(rows, new):
-                    answers[i] = _until_stop(ids[: rooms[i]], stop_ids)
+                    answers[i] = _until_stop(ids[: rooms[i]], stop_ids, keep_stop)
         return answers
 
     def stream(
@@ -251,5 +253,5 @@ def _sampler(sampling: GenerateConfig, seeds: Sequence[int]) -> LogitsProcessorL
     return steps
 
 
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop_ids), ids)
+def _until_stop(ids: list[int], stop_ids: Sequence[int], keep_stop: bool) -> list[int]:
+    return next((ids[: i + keep_stop] for i, token in enumerate(ids) if token in stop_ids), ids)
