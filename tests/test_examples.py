@@ -76,6 +76,15 @@ FACTS = {
             ("layout", "cutoff_len", 256),
         ],
     ),
+    "kto_lora.yaml": (
+        "train",
+        [
+            ("training", "learning_rate", 5e-4),
+            ("training", "per_device_train_batch_size", 8),
+            ("training", "num_train_epochs", 3.0),
+            ("data", "val_size", 8.0),
+        ],
+    ),
     "tuna_lora.yaml": (
         "train",
         [
