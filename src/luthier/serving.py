@@ -71,7 +71,7 @@ def load_judge(run: Run, config: ScoreConfig | None = None) -> Judge:
     name = heads.saved_in(folder)
     assert name is not None
     model, tokenizer, renderer = _load(run)
-    head = heads.attach(model, name, run.objective.config if run.objective.head == name else None)
+    head = heads.attach(model, name)  # without keys: it is what its file says
     heads.load(head, name, folder)
     setup = PolicySetup(model.requires_grad_(False).eval(), head=head)
     trees = Trees(setup, pad_id=tokenizer.pad_token_id, layout=run.layout.layout)
