@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -228,3 +229,174 @@ def test_an_output_that_cannot_be_written_is_said_before_a_model_is_loaded(folde
     monkeypatch.setattr(serving, "load_engine", lambda run: pytest.fail("a model was loaded"))
     assert run(folder, source, source / "out.jsonl") == 2
     assert "--output" in capsys.readouterr().err
+
+
+# Best of n
+
+
+SAMPLED = ("do_sample=true", "temperature=1.2", "top_p=1.0", "top_k=0", "seed=7")
+
+
+def pick(folder, source, output, *more, n=4):
+    return run(folder, source, output, *SAMPLED, "--n", str(n), *more)
+
+
+def mean_logp(model, prompt, ids):
+    """Transformers alone: the mean log-prob of an answer's tokens."""
+    with torch.no_grad():
+        logp = model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+    return sum(float(logp[len(prompt) + i - 1, token]) for i, token in enumerate(ids)) / len(ids)
+
+
+@pytest.fixture(scope="module")
+def drawn(folder, tmp_path_factory):
+    """(source, lines of `--select best` with four candidates)."""
+    place = tmp_path_factory.mktemp("drawn")
+    source = write(place / "in.jsonl", [{"prompt": text} for text in ASKED])
+    assert pick(folder, source, place / "best.jsonl") == 0
+    return source, lines(place / "best.jsonl")
+
+
+def test_the_most_probable_of_n_is_chosen(folder, drawn, tmp_path, monkeypatch):
+    source, found = drawn
+    asked, said = [], []
+    real = Engine.generate
+
+    def spied(self, prompts, *rest, **keys):
+        assert keys["keep_stop"]  # the end of an answer is part of how probable it is
+        out = real(self, prompts, *rest, **keys)
+        asked.extend(prompts)
+        said.extend(out)
+        return out
+
+    monkeypatch.setattr(Engine, "generate", spied)
+    pick(folder, source, tmp_path / "again")
+    assert lines(tmp_path / "again") == found
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    logps = iter([mean_logp(model, prompt, ids) for prompt, ids in zip(asked, said, strict=True)])
+    for line in found:
+        assert (line["n"], line["select"], len(line["candidates"])) == (4, "best", 4)
+        expected = [next(logps) for _ in range(4)]
+        assert [one["logp"] for one in line["candidates"]] == pytest.approx(expected, abs=1e-5)
+        assert line["predict"] == line["candidates"][expected.index(max(expected))]["text"]
+        assert len({one["text"] for one in line["candidates"]}) > 1
+    assert any(line["predict"] != line["candidates"][0]["text"] for line in found)
+
+
+def test_candidates_depend_on_their_row_alone_and_the_first_is_the_plain_answer(folder, drawn, tmp_path):
+    source, found = drawn
+    run(folder, source, tmp_path / "one", *SAMPLED)
+    assert [line["predict"] for line in lines(tmp_path / "one")] == [line["candidates"][0]["text"] for line in found]
+    pick(folder, source, tmp_path / "two", "infer_batch_size=5", n=2)
+    for line, other in zip(found, lines(tmp_path / "two")):
+        assert [one["text"] for one in other["candidates"]] == [one["text"] for one in line["candidates"][:2]]
+        for one, same in zip(other["candidates"], line["candidates"]):
+            assert one["logp"] == pytest.approx(same["logp"], abs=1e-5)
+
+
+def test_log_probs_are_those_of_the_drawn_tokens_with_their_end(folder):
+    from luthier.engines._trees import Trees
+    from luthier.engines.best_of import mean_logps
+    from luthier.model.policy import PolicySetup
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts, answers = [[9, 8, 7], [11]], [[[20, 21, 5], [20, 22, 23, 5], [5]], [[30, 31], [30, 31]]]
+    expected = [mean_logp(model, prompt, ids) for prompt, several in zip(prompts, answers) for ids in several]
+    found = mean_logps(Trees(PolicySetup(model), pad_id=3), prompts, answers, 1)
+    assert [len(row) for row in found] == [3, 2]
+    assert [x for row in found for x in row] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_kept_stop_is_the_one_that_ended_the_answer(folder):
+    from luthier.engines.sampling import GenerateConfig
+
+    engine = Engine(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    )
+    sampling = GenerateConfig(do_sample=False, max_new_tokens=NEW)
+    (whole,) = engine.generate([[9, 8, 7]], sampling, [])
+    stop = whole[4]
+    first = whole.index(stop)
+    assert engine.generate([[9, 8, 7]], sampling, [stop]) == [whole[:first]]
+    assert engine.generate([[9, 8, 7]], sampling, [stop], keep_stop=True) == [whole[: first + 1]]
+
+
+def test_a_vote_adds_up_equal_answers():
+    from luthier.engines.best_of import Candidate, best, vote
+
+    logs = [-1.0, -1.1, -1.2, -3.0]
+    several = [Candidate(text, logp) for text, logp in zip(["a", "b  c", "b\nc ", "a"], logs)]
+    shares = [math.exp(x) / sum(map(math.exp, logs)) for x in logs]
+    assert shares[1] + shares[2] > shares[0] + shares[3]
+    chosen, said = vote(several)
+    assert chosen == 1 and best(several)[0] == 0
+    assert [one["weight"] for one in said] == pytest.approx(shares)
+    assert vote([Candidate("B", -1.0), Candidate("b", -1.1), Candidate("b", -9.0)])[0] == 0
+
+
+def test_vote_and_its_weights_are_written(folder, drawn, tmp_path):
+    source, found = drawn
+    pick(folder, source, tmp_path / "vote", "--select", "vote")
+    for line, other in zip(found, lines(tmp_path / "vote"), strict=True):
+        assert other["select"] == "vote"
+        assert [one["text"] for one in other["candidates"]] == [one["text"] for one in line["candidates"]]
+        logps = [one["logp"] for one in other["candidates"]]
+        shares = [math.exp(x) / sum(map(math.exp, logps)) for x in logps]
+        assert [one["weight"] for one in other["candidates"]] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("kind", ["value", "normal"])
+def test_a_reward_model_chooses(folder, drawn, tmp_path, kind):
+    """Its scores are those `luthier score` writes, which tests/test_score.py holds against plain forward passes."""
+    from tests.test_score import make_adapter, save_head
+
+    source, found = drawn
+    judge = make_adapter(folder, tmp_path / "rm")
+    save_head(judge, kind)
+    stage = {"value": "rm", "normal": "disco_rm"}[kind]
+    (judge / "resolved_config.yaml").write_text(f"model_name_or_path: {folder}\nstage: {stage}\nuse_cpu: true\n")
+    keys = (f"reward_model={judge}", "lcb_k=2.0")
+    assert pick(folder, source, tmp_path / "rm.jsonl", "--select", "rm", *keys) == 0
+    chosen = lines(tmp_path / "rm.jsonl")
+    texts = [[one["text"] for one in line["candidates"]] for line in chosen]
+    assert texts == [[one["text"] for one in line["candidates"]] for line in found]
+    write(tmp_path / "all.jsonl", [{"prompt": ask, "responses": several} for ask, several in zip(ASKED, texts)])
+    judged = tmp_path / "judged.jsonl"
+    assert main(["score", str(judge), "--input", str(tmp_path / "all.jsonl"), "--output", str(judged), keys[1]]) == 0
+    name = {"value": "reward", "normal": "lcb"}[kind]
+    for line, wanted in zip(chosen, lines(judged), strict=True):
+        scores = [answer[name] for answer in wanted["answers"]]
+        assert [one[name] for one in line["candidates"]] == pytest.approx(scores, abs=1e-4)
+        assert line["predict"] == line["candidates"][scores.index(max(scores))]["text"]
+    assert any(line["predict"] != other["predict"] for line, other in zip(chosen, found))
+
+
+def test_best_of_n_goes_on_where_it_stopped_and_knows_its_choice(folder, drawn, tmp_path, capsys):
+    source, found = drawn
+    output = tmp_path / "out.jsonl"
+    output.write_text("".join(json.dumps(line) + "\n" for line in found[:4]) + '{"row": 4')
+    assert pick(folder, source, output) == 0
+    assert [(line["row"], line["predict"]) for line in lines(output)] == [(x["row"], x["predict"]) for x in found]
+    for more, n in (((), 3), (("--select", "vote"), 4)):
+        assert pick(folder, source, output, *more, n=n) == 2
+        assert "row 0 there was asked something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--n", "0"], "--n 0"),
+        (["--select", "vote"], "add --n"),
+        (["--n", "2"], "do_sample: true"),
+        (["--n", "2", "do_sample=true", "num_beams=2"], "num_beams: 1"),
+        (["--n", "2", "do_sample=true", "--select", "rm"], "reward_model"),
+        (["--n", "2", "do_sample=true", "--select", "most"], "best, vote, rm"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_said_before_a_model_is_loaded(
+    folder, source, tmp_path, capsys, monkeypatch, words, said
+):
+    monkeypatch.setattr(serving, "load_engine", lambda run: pytest.fail("a model was loaded"))
+    assert run(folder, source, tmp_path / "out.jsonl", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
