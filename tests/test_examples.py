@@ -70,8 +70,8 @@ FACTS = {
     "pro_lora.yaml": (
         "train",
         [
-            ("training", "learning_rate", 1e-3),
-            ("training", "num_train_epochs", 10.0),
+            ("training", "learning_rate", 5e-4),
+            ("training", "num_train_epochs", 6.0),
             ("data", "val_size", 6.0),
             ("layout", "cutoff_len", 256),
         ],
@@ -88,9 +88,27 @@ FACTS = {
     "tuna_lora.yaml": (
         "train",
         [
-            ("training", "learning_rate", 1e-3),
-            ("training", "num_train_epochs", 10.0),
+            ("training", "learning_rate", 5e-4),
+            ("training", "num_train_epochs", 6.0),
             ("data", "val_size", 6.0),
+            ("layout", "cutoff_len", 256),
+        ],
+    ),
+    "rm_lora.yaml": (
+        "train",
+        [
+            ("training", "learning_rate", 5e-4),
+            ("training", "do_predict", True),
+            ("training", "num_train_epochs", 2.0),
+            ("data", "val_size", 16.0),
+        ],
+    ),
+    "disco_rm.yaml": (
+        "train",
+        [
+            ("training", "learning_rate", 5e-4),
+            ("training", "do_predict", True),
+            ("data", "val_size", 16.0),
             ("layout", "cutoff_len", 256),
         ],
     ),
@@ -119,6 +137,9 @@ def test_the_stage_follows_the_file(monkeypatch):
     assert resolve(EXAMPLES / "pt_full.yaml").stage == "pt"
     assert resolve(EXAMPLES / "sft_lora.yaml").stage == "sft"
     assert resolve(EXAMPLES / "sft_freeze.yaml").objective.config.mask_history is True
+    rm, disco = (resolve(EXAMPLES / name) for name in ("rm_lora.yaml", "disco_rm.yaml"))
+    assert (rm.stage, rm.objective.config.rm_center) == ("rm", 0.01)
+    assert (disco.stage, disco.objective.config.disco_noise) == ("disco_rm", 1.702)
     pro, tuna = (resolve(EXAMPLES / f"{stage}_lora.yaml").objective.config for stage in ("pro", "tuna"))
     assert (pro.pro_stage, pro.pro_sft_weight, pro.reward_scale) == (None, 0.05, 1.0)
     assert (tuna.tuna_margin, tuna.tuna_mle_weight, tuna.mle_on) == (0.1, 1.0, "best")
