@@ -11,7 +11,7 @@ from tests.conftest import build_model
 from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
 
 from luthier.adapters import lora
-from luthier.core.errors import TrainingError
+from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
@@ -19,7 +19,7 @@ from luthier.model.adapt import AdapterConfig, adapt
 from luthier.model.load import ModelConfig
 from luthier.model.policy import REFERENCE_COLUMN, PolicySetup
 from luthier.model.reference import AdapterOff, FrozenModel
-from luthier.train.precompute import Precompute, fingerprint
+from luthier.train.precompute import Precompute, fingerprint, store_reference
 from luthier.train.sampler import Bundles, Collator
 
 
@@ -85,14 +85,9 @@ def test_training_and_evaluation_are_those_of_the_live_reference(tmp_path, name)
     examples = examples_for(name, 8)
     live = trainer_for(name, tmp_path / "live", items=examples, batch=2, accumulate=2)
     stored = trainer_for(name, tmp_path / "stored", items=examples, batch=2, accumulate=2)
-    precompute = Precompute(
-        stored.setup, DataConfig(data_cache_dir=str(tmp_path / "cache")), stored.data_collator, batch_size=3
-    )
-    stored.train_dataset = precompute(stored.train_dataset, "train")
-    stored.eval_dataset = precompute(stored.eval_dataset, "eval")
-    stored.data_collator = precompute.carrying()
-    if not stored.objective.surveys:  # paths that are only surveyed bring no columns into a batch
-        stored.setup.reference = None
+    store_reference(stored, DataConfig(data_cache_dir=str(tmp_path / "cache")))
+    # Batches carry no columns for KTO's mismatched pairs, so that the reference must stay.
+    assert (stored.setup.reference is None) == (name == "dpo")
     before = live.evaluate(), stored.evaluate()
     live.train(), stored.train()
     after = live.evaluate(), stored.evaluate()
@@ -216,3 +211,22 @@ def test_a_policy_without_a_reference_reads_the_column(tmp_path):
     live = setup.reference.logps(batch)
     setup.reference = None
     assert setup.bind().reference(batch).tolist() == pytest.approx(live.tolist(), abs=1e-5)
+
+
+def test_several_evaluation_sets_are_stored_each_by_itself(tmp_path):
+    trainer = trainer_for("dpo", tmp_path, items=examples_for("dpo"))
+    other = Examples(items_for(objective_of("dpo"), 3, seed=8))
+    other.fingerprint = "the other examples"
+    trainer.eval_dataset = {"a": Bundles(examples_for("dpo")), "b": Bundles(other)}
+    live = trainer.evaluate()
+    store_reference(trainer, DataConfig(data_cache_dir=str(tmp_path / "cache")))
+    assert trainer.setup.reference is None
+    stored = trainer.evaluate()
+    for name in ("eval_a_loss", "eval_b_loss", "eval_b_rewards/margins"):
+        assert stored[name] == pytest.approx(live[name], abs=1e-5)
+    assert stored["eval_a_loss"] != pytest.approx(stored["eval_b_loss"], abs=1e-4)
+
+
+def test_a_stage_without_a_reference_has_nothing_to_store(tmp_path):
+    with pytest.raises(ConfigError, match="precompute_reference.*stage sft"):
+        store_reference(trainer_for("sft", tmp_path), DataConfig(data_cache_dir=str(tmp_path)))

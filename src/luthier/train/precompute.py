@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.core.errors import TrainingError
-from luthier.core.types import NAN, Encoded
+from luthier.core.errors import ConfigError, TrainingError
+from luthier.core.log import get_logger
+from luthier.core.types import ASIDE, NAN, Encoded
 from luthier.core.types import Path as TokenPath
 from luthier.data.cache import cached, interactive, key_of, sha
 from luthier.data.layout import collate
@@ -34,8 +35,39 @@ from luthier.train.sampler import Bundles, Collator
 if TYPE_CHECKING:
     import pyarrow
 
+    from luthier.train.trainer import Trainer
+
+log = get_logger("train")
+
 CODE = ("core/tree.py", "data/layout.py", "model/attention.py", "model/policy.py", "model/reference.py")
 """Modules that decide the numbers, beside this one."""
+
+
+def store_reference(trainer: Trainer, data: DataConfig) -> None:
+    """Let a trainer that has not begun read stored log-probs, of its training and all its evaluation sets.
+
+    Called after the Trainer is made, which brings its autocast. The reference is given up, unless the objective surveys
+    paths that are no answers: batches carry no columns for those. Raises ConfigError if there is nothing to store.
+    """
+    setup = trainer.setup
+    if setup.reference is None:
+        raise ConfigError(
+            f"precompute_reference: true has no meaning here: stage {trainer.objective_name} with these keys asks no "
+            "reference model. Leave it out."
+        )
+    precompute = Precompute(setup, data, trainer.data_collator, trainer.args.eval_batch_size)
+    trainer.train_dataset = precompute(trainer.train_dataset, "the training set")
+    if isinstance(trainer.eval_dataset, dict):
+        trainer.eval_dataset = {
+            name: precompute(rows, f"the set {name}") for name, rows in trainer.eval_dataset.items()
+        }
+    elif trainer.eval_dataset is not None:
+        trainer.eval_dataset = precompute(trainer.eval_dataset, "the evaluation set")
+    trainer.data_collator = precompute.carrying()
+    first = trainer.train_dataset[0][0][0]
+    if not any(path.name.startswith(ASIDE) for path in first.paths):
+        log.info("The log-probs of the reference are stored; the reference itself is given up.")
+        setup.reference = None
 
 
 @dataclass(frozen=True)
