@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import expit
 
 from luthier.core.errors import DataError
-from luthier.evaluate.pairs import accuracy, pairs_of, scores, sigmoid_link
+from luthier.evaluate.pairs import accuracy, pairs_of, read_records, scores, sigmoid_link
 
 
 def record(origin, *answers):
@@ -98,3 +98,15 @@ def test_nothing_to_compare_is_an_error():
         pairs_of([record("a", (1.0, 2.0), (1.0, 3.0))])
     with pytest.raises(DataError, match="data.jsonl:3: an answer has neither reward nor mean .only score, logp"):
         pairs_of([("data.jsonl:3", [{"score": 1.0, "logp": -3.0}])])
+
+
+def test_records_are_read_from_a_predictions_file(tmp_path):
+    file = tmp_path / "generated_predictions.jsonl"
+    file.write_text(
+        '{"row": "d.jsonl:4", "answers": [{"score": 1.0, "reward": 0.5}, {"score": 0.0, "reward": null}]}\n'
+        '{"row": "d.jsonl:2", "answers": [{"reward": 0.0}], "set": "other"}\n'
+    )
+    (first, answers), second = read_records(file)
+    assert (first, answers[0], second) == ("d.jsonl:4", {"score": 1.0, "reward": 0.5}, ("d.jsonl:2", [{"reward": 0.0}]))
+    assert answers[1]["score"] == 0.0 and math.isnan(answers[1]["reward"])
+    assert np.isnan(pairs_of([(first, answers)]).gap).all(), "a reward that is no number is seen"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -72,6 +74,17 @@ def pairs_of(records: Iterable[Record]) -> Pairs:
         )
     better, worse, better_variance, worse_variance, weight = np.array(rows, np.float64).T
     return Pairs(better, worse, better_variance, worse_variance, weight / prompts, prompts, distributed)
+
+
+def read_records(predictions: str | Path) -> list[Record]:
+    """The records in a generated_predictions.jsonl: {"row", "answers": [{...}]} a line; null is NaN."""
+    lines = Path(predictions).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row["row"], [_numbers(answer) for answer in row["answers"]]) for row in rows]
+
+
+def _numbers(answer: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in answer.items()}
 
 
 def sigmoid_link(gap: np.ndarray, variance: np.ndarray) -> np.ndarray:

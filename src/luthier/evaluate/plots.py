@@ -44,13 +44,12 @@ def draw_risk_coverage(path: Path, curves: Mapping[str, RiskCoverage]) -> Path:
 
 def draw_deciles(path: Path, deciles: Deciles) -> Path:
     """Accuracy of each tenth of the pairs, from the smallest variance to the largest."""
-    figure, axes = _figure("Accuracy by variance", "tenths of the pairs, from sure to unsure", "accuracy")
+    figure, axes = _figure("Accuracy by variance", "mean variance of each tenth of the pairs", "accuracy")
     place = np.arange(1, len(deciles.accuracy) + 1)
     axes.bar(place, deciles.accuracy, color=BLUE, label="accuracy")
     axes.set_xticks(place, [f"{value:.2g}" for value in deciles.variance])
-    axes.set_xlabel("mean variance of each tenth of the pairs")
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--", label="chance")
-    axes.set(ylim=(0, 1))
+    axes.set(ylim=(0, 1.15))
     return _save(figure, axes, path)
 
 
