@@ -103,6 +103,8 @@ def fit(run: Run) -> Result:
         callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if run.reference.precompute_reference and setup.reference is not None:
+        _precompute(run, trainer)
     metrics = _train(run, trainer, resume)
     return Result(Path(args.output_dir), metrics, _stopped_by(trainer))
 
@@ -160,7 +162,25 @@ def _policy(run: Run, model: Any, args: transformers.TrainingArguments) -> Any:
     setup = PolicySetup(model, head=head)
     if "reference" in objective.frozen:
         setup.reference = make_reference(run.reference, setup, run.model, dtype=_weights(run, args))
+    else:
+        for key in ("ref_model", "ref_model_adapters", "precompute_reference"):
+            if run.keys.get(key):
+                log.warning("%s has no effect: stage %s compares with no reference model.", key, run.stage)
     return setup
+
+
+def _precompute(run: Run, trainer: Trainer) -> None:
+    """Ask the reference about every example now, and let go of it."""
+    from luthier.train.precompute import Precompute
+
+    asks = Precompute(trainer.setup, run.data, trainer.data_collator, trainer.args.per_device_train_batch_size)
+    trainer.train_dataset = asks(trainer.train_dataset, "the training examples")
+    if isinstance(trainer.eval_dataset, dict):
+        trainer.eval_dataset = {name: asks(part, name) for name, part in trainer.eval_dataset.items()}
+    elif trainer.eval_dataset is not None:
+        trainer.eval_dataset = asks(trainer.eval_dataset, "the evaluation examples")
+    trainer.data_collator = asks.carrying()
+    trainer.setup.reference = None
 
 
 def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
