@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
@@ -25,7 +25,7 @@ from luthier.model.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = get_logger("export")
 
@@ -47,6 +47,9 @@ class ExportConfig:
     """Largest size of one weights file, in GB."""
     export_device: Literal["cpu", "auto"] = "cpu"
     """Where merging is computed; auto: on the accelerator, if there is one."""
+    export_reward_as: Literal["head", "sequence_classification"] = "head"
+    """What a reward model becomes. head: a causal language model with the head's file beside it, which Luthier reads;
+    sequence_classification: transformers' AutoModelForSequenceClassification with one label, the reward."""
 
     def __post_init__(self) -> None:
         if self.export_size < 1:
@@ -62,31 +65,55 @@ class Exported:
     changed: int
     """Weights that differ from the base model's."""
     difference: float
-    """Largest difference between logits of the saved model and of the model with the adapter attached."""
+    """Largest difference between logits of the saved model and of the model with the adapter attached; of a classifier,
+    between its scores and the head's."""
     moved: float
     """Largest difference between logits of the base model and of the model with the adapter attached."""
+    also: str = ""
+    """What else there is to say."""
 
     def __str__(self) -> str:
         return (
             f"Saved {self.folder} ({self.dtype}). {self.changed} weights differ from the base model's. The adapter "
-            f"moved the logits by up to {self.moved:.3g}; the saved model agrees with it to {self.difference:.2g}."
+            f"moved the logits by up to {self.moved:.3g}; what the saved model says agrees to {self.difference:.2g}."
+            + (f" {self.also}" if self.also else "")
         )
+
+
+class Form(Protocol):
+    """What a merged model is saved as, where that is more than a causal language model."""
+
+    causal: bool
+    """What is saved is a causal language model, to be compared by its logits."""
+
+    def take(self, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model to save, made of the merged one, which is in float32. Both may be changed."""
+
+    def write(self, folder: Path) -> None:
+        """Save what belongs beside the model."""
+
+    def check(self, folder: Path, saved: dict[str, bytes], device: torch.device) -> tuple[float, str]:
+        """Load what was saved and compare: (largest difference, what there is to say). Raises ModelError where it
+        differs. saved: a fingerprint of every weight, as `digests` gives."""
 
 
 def main(argv: Sequence[str]) -> int:
     """`luthier export CONFIG [key=value ...]`."""
     from luthier.cli import parse_command
+    from luthier.export_reward import reward_form
     from luthier.run import resolve
 
     command = parse_command(argv, "export")
     run = resolve(command.config, command.overrides, verb="export")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
-    log.info("%s", export(run.model, run.adapter, run.export))
+    log.info("%s", export(run.model, run.adapter, run.export, reward_form(run)))
     return 0
 
 
-def export(model_config: ModelConfig, adapter_config: AdapterConfig, config: ExportConfig) -> Exported:
+def export(
+    model_config: ModelConfig, adapter_config: AdapterConfig, config: ExportConfig, form: Form | None = None
+) -> Exported:
     """Merge, save, load again, compare; raises ModelError and leaves nothing behind if the models differ."""
     import torch
 
@@ -100,24 +127,31 @@ def export(model_config: ModelConfig, adapter_config: AdapterConfig, config: Exp
     model = load_model(exact, tokenizer=tokenizer, dtype=torch.float32, device=device)
     probes = _probes(len(tokenizer))
     before = logits = _logits(model, probes)
-    base, changed = _digests(model, dtype), 0
+    base, changed = digests(model, dtype), 0
     for folder in folders:
         model, logits = _merge(model, folder, probes)
-        now = _digests(model, dtype)
+        now = digests(model, dtype)
         changed = sum(now[name] != digest for name, digest in base.items())
         if not changed:
             raise ModelError(_unchanged(folder, dtype))
-    model.to(dtype)
     tokenizer.padding_side = "left"  # what programs that generate in batches expect
+    model = model if form is None else form.take(model, tokenizer)
+    model.to(dtype)
+    also, difference = "", 0.0
     with _aside(target) as folder:
         _save(model, tokenizer, folder, config)
-        saved = _digests(model, dtype)
+        saved = digests(model, dtype)
         del model
-        difference = _check(folder, model_config, saved, probes, logits, device)
         moved, _ = _compare(logits, before)
-        if changed and difference > moved / 2:
-            raise ModelError(_unchanged(folders[-1], dtype))
-    return Exported(target, str(dtype).removeprefix("torch."), changed, difference, moved)
+        if form is None or form.causal:
+            difference = _check(folder, model_config, saved, probes, logits, device)
+            if changed and difference > moved / 2:
+                raise ModelError(_unchanged(folders[-1], dtype))
+        if form is not None:
+            form.write(folder)
+            apart, also = form.check(folder, saved, device)
+            difference = max(difference, apart)
+    return Exported(target, str(dtype).removeprefix("torch."), changed, difference, moved, also)
 
 
 def _target(config: ExportConfig) -> Path:
@@ -161,7 +195,7 @@ def _logits(model: nn.Module, probes: torch.Tensor) -> torch.Tensor:
         return model(input_ids=probes.to(model.device), use_cache=False).logits.float().cpu()
 
 
-def _digests(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
+def digests(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
     """A fingerprint of every weight in the format it is saved in, so that no second copy of the model is needed."""
     import torch
 
@@ -241,7 +275,7 @@ def _check(
     again = ModelConfig(model_name_or_path=str(folder), trust_remote_code=model_config.trust_remote_code)
     model = load_model(again, tokenizer=load_tokenizer(again), device=device)
     dtype = model.dtype
-    found = _digests(model, dtype)
+    found = digests(model, dtype)
     if wrong := [name for name in {**saved, **found} if saved.get(name) != found.get(name)]:
         raise ModelError(f"The saved weights {', '.join(wrong[:5])} are not those of the merged model.")
     difference, largest = _compare(_logits(model.float(), probes), wanted)
