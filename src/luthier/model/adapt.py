@@ -163,7 +163,7 @@ def _fetch(name: str, model_config: ModelConfig) -> Path:
     try:
         # The revision is the base model's, so an adapter's own default branch is taken.
         where = {key: value for key, value in hub(model_config).items() if key != "revision"}
-        return Path(snapshot_download(name, allow_patterns=["*adapter_*"], **where))
+        return Path(snapshot_download(name, allow_patterns=["*adapter_*", "*_head.*"], **where))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ModelError(no_source("adapter_name_or_path", name, None, error)) from error
 
