@@ -18,7 +18,7 @@ is added to a prompt's means: only D / sqrt(V) is learnt, and variances mean not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,8 @@ REACH, NODES = 12.0, 193
 class DiscoRmConfig:
     """How rewards are distributed and fitted."""
 
-    is_disco: bool = True
-    """The other way to choose this stage: stage: rm with is_disco: true."""
+    is_disco: bool | None = None
+    """stage: rm with is_disco: true means stage: disco_rm, rewards with a variance."""
     disco_loss: Literal["probit", "expected_bt", "mackay", "nll_scores"] = "probit"
     """What is fitted: pairs, with normal (probit) or logistic noise (expected_bt; mackay approximates it), or each
     answer's score (nll_scores)."""
@@ -61,25 +61,29 @@ class DiscoRmConfig:
     """Which pairs of a ranking of more than two answers count: all of them, or the best against each of the others."""
 
     def __post_init__(self) -> None:
-        logistic = self.disco_loss in ("expected_bt", "mackay")
-        for wrong, message in (
-            (not self.is_disco, "is_disco: false contradicts stage: disco_rm. Leave it out, or write stage: rm."),
-            (self.disco_noise < 0, f"disco_noise: {self.disco_noise} must be 0 or more."),
-            (
-                logistic and self.disco_noise == 0,
-                f"disco_noise: 0 leaves nothing of disco_loss: {self.disco_loss}, whose noise is logistic. "
-                "Give it a value above 0, or choose disco_loss: probit.",
-            ),
-            (
-                self.disco_loss == "nll_scores" and self.disco_noise != LOGISTIC,
-                "disco_noise has no meaning for disco_loss: nll_scores, which compares nothing. Leave it out.",
-            ),
-            (self.disco_prior < 0, f"disco_prior: {self.disco_prior} must be 0 or more."),
-            (not 0 < self.disco_floor < 1, f"disco_floor: {self.disco_floor} must be above 0 and below 1."),
-            (not 0 <= self.disco_dropout < 1, f"disco_dropout: {self.disco_dropout} must be from 0 to below 1."),
-        ):
-            if wrong:
-                raise ConfigError(message)
+        for message in _contradictions(self):
+            raise ConfigError(message)
+
+
+def _contradictions(keys: DiscoRmConfig) -> Iterator[str]:
+    loss, noise = keys.disco_loss, keys.disco_noise
+    if keys.is_disco is False:
+        yield "is_disco: false contradicts stage: disco_rm. Leave it out, or write stage: rm."
+    if noise < 0:
+        yield f"disco_noise: {noise} must be 0 or more."
+    if noise == 0 and loss in ("expected_bt", "mackay"):
+        yield (
+            f"disco_noise: 0 leaves nothing of disco_loss: {loss}, whose noise is logistic. "
+            "Give it a value above 0, or choose disco_loss: probit."
+        )
+    if noise != LOGISTIC and loss == "nll_scores":
+        yield "disco_noise has no meaning for disco_loss: nll_scores, which compares nothing. Leave it out."
+    if keys.disco_prior < 0:
+        yield f"disco_prior: {keys.disco_prior} must be 0 or more."
+    if not 0 < keys.disco_floor < 1:
+        yield f"disco_floor: {keys.disco_floor} must be above 0 and below 1."
+    if not 0 <= keys.disco_dropout < 1:
+        yield f"disco_dropout: {keys.disco_dropout} must be from 0 to below 1."
 
 
 def _probit(gap: Tensor, variance: Tensor, noise: float) -> Tensor:

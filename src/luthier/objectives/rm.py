@@ -20,8 +20,8 @@ from luthier.data.answers import encode_answers
 class RmConfig:
     """How answers are compared."""
 
-    is_disco: bool = False
-    """true trains a distributional reward model instead: it means stage: disco_rm."""
+    is_disco: bool | None = None
+    """stage: rm with is_disco: true means stage: disco_rm, rewards with a variance."""
     rm_margin: float = 0.0
     """Margin added for each unit of difference between the answers' scores (Llama 2's margin); 0 for none."""
     rm_center: float = 0.0
