@@ -76,6 +76,15 @@ FACTS = {
             ("layout", "cutoff_len", 256),
         ],
     ),
+    "dpo_lora.yaml": (
+        "train",
+        [
+            ("reference", "precompute_reference", False),
+            ("training", "learning_rate", 2e-4),
+            ("training", "num_train_epochs", 1.0),
+            ("data", "val_size", 6.0),
+        ],
+    ),
     "kto_lora.yaml": (
         "train",
         [

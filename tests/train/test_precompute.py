@@ -11,7 +11,7 @@ from tests.conftest import build_model
 from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
 
 from luthier.adapters import lora
-from luthier.core.errors import ConfigError, TrainingError
+from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
@@ -19,7 +19,7 @@ from luthier.model.adapt import AdapterConfig, adapt
 from luthier.model.load import ModelConfig
 from luthier.model.policy import REFERENCE_COLUMN, PolicySetup
 from luthier.model.reference import AdapterOff, FrozenModel
-from luthier.train.precompute import Precompute, fingerprint, store_reference
+from luthier.train.precompute import Precompute, fingerprint
 from luthier.train.sampler import Bundles, Collator
 
 
@@ -55,6 +55,19 @@ def computed(setup, examples, folder, *, complete=None, batch_size=3, layout="sh
     return precompute(Bundles(examples, bundles, complete), "train"), precompute.carrying()
 
 
+def give_up_reference(trainer, cache) -> None:
+    """What `fit` does for `precompute_reference: true`."""
+    precompute = Precompute(trainer.setup, DataConfig(data_cache_dir=str(cache)), trainer.data_collator, batch_size=3)
+    trainer.train_dataset = precompute(trainer.train_dataset, "train")
+    sets = trainer.eval_dataset
+    if isinstance(sets, dict):
+        trainer.eval_dataset = {name: precompute(part, name) for name, part in sets.items()}
+    else:
+        trainer.eval_dataset = precompute(sets, "eval")
+    trainer.data_collator = precompute.carrying()
+    trainer.setup.reference = None
+
+
 def plain(model, path) -> list[float]:
     """NaN or the log-prob of each token, by a forward pass and a loop of its own."""
     with torch.no_grad():
@@ -85,9 +98,7 @@ def test_training_and_evaluation_are_those_of_the_live_reference(tmp_path, name)
     examples = examples_for(name, 8)
     live = trainer_for(name, tmp_path / "live", items=examples, batch=2, accumulate=2)
     stored = trainer_for(name, tmp_path / "stored", items=examples, batch=2, accumulate=2)
-    store_reference(stored, DataConfig(data_cache_dir=str(tmp_path / "cache")))
-    # Batches carry no columns for KTO's mismatched pairs, so that the reference must stay.
-    assert (stored.setup.reference is None) == (name == "dpo")
+    give_up_reference(stored, tmp_path / "cache")
     before = live.evaluate(), stored.evaluate()
     live.train(), stored.train()
     after = live.evaluate(), stored.evaluate()
@@ -219,14 +230,8 @@ def test_several_evaluation_sets_are_stored_each_by_itself(tmp_path):
     other.fingerprint = "the other examples"
     trainer.eval_dataset = {"a": Bundles(examples_for("dpo")), "b": Bundles(other)}
     live = trainer.evaluate()
-    store_reference(trainer, DataConfig(data_cache_dir=str(tmp_path / "cache")))
-    assert trainer.setup.reference is None
+    give_up_reference(trainer, tmp_path / "cache")
     stored = trainer.evaluate()
     for name in ("eval_a_loss", "eval_b_loss", "eval_b_rewards/margins"):
         assert stored[name] == pytest.approx(live[name], abs=1e-5)
     assert stored["eval_a_loss"] != pytest.approx(stored["eval_b_loss"], abs=1e-4)
-
-
-def test_a_stage_without_a_reference_has_nothing_to_store(tmp_path):
-    with pytest.raises(ConfigError, match="precompute_reference.*stage sft"):
-        store_reference(trainer_for("sft", tmp_path), DataConfig(data_cache_dir=str(tmp_path)))

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.core.errors import ConfigError, TrainingError
-from luthier.core.log import get_logger
+from luthier.core.errors import TrainingError
 from luthier.core.types import ASIDE, NAN, Encoded
 from luthier.core.types import Path as TokenPath
 from luthier.data.cache import cached, interactive, key_of, sha
@@ -35,47 +34,18 @@ from luthier.train.sampler import Bundles, Collator
 if TYPE_CHECKING:
     import pyarrow
 
-    from luthier.train.trainer import Trainer
-
-log = get_logger("train")
+    from luthier.core.batch import Batch
 
 CODE = ("core/tree.py", "data/layout.py", "model/attention.py", "model/policy.py", "model/reference.py")
 """Modules that decide the numbers, beside this one."""
-
-
-def store_reference(trainer: Trainer, data: DataConfig) -> None:
-    """Let a trainer that has not begun read stored log-probs, of its training and all its evaluation sets.
-
-    Called after the Trainer is made, which brings its autocast. The reference is given up, unless the objective surveys
-    paths that are no answers: batches carry no columns for those. Raises ConfigError if there is nothing to store.
-    """
-    setup = trainer.setup
-    if setup.reference is None:
-        raise ConfigError(
-            f"precompute_reference: true has no meaning here: stage {trainer.objective_name} with these keys asks no "
-            "reference model. Leave it out."
-        )
-    precompute = Precompute(setup, data, trainer.data_collator, trainer.args.eval_batch_size)
-    trainer.train_dataset = precompute(trainer.train_dataset, "the training set")
-    if isinstance(trainer.eval_dataset, dict):
-        trainer.eval_dataset = {
-            name: precompute(rows, f"the set {name}") for name, rows in trainer.eval_dataset.items()
-        }
-    elif trainer.eval_dataset is not None:
-        trainer.eval_dataset = precompute(trainer.eval_dataset, "the evaluation set")
-    trainer.data_collator = precompute.carrying()
-    first = trainer.train_dataset[0][0][0]
-    if not any(path.name.startswith(ASIDE) for path in first.paths):
-        log.info("The log-probs of the reference are stored; the reference itself is given up.")
-        setup.reference = None
 
 
 @dataclass(frozen=True)
 class Precompute:
     """Asks `setup.reference` about whole sets of examples.
 
-    setup: the policy, with the autocast that training will use. data: where the cache is. collator: how rows are laid
-    out, in a layout that was checked. batch_size: examples a forward pass.
+    setup: the policy, with the autocast that training will use: the Trainer brings it, so make that first. data: where
+    the cache is. collator: how rows are laid out, in a layout that was checked. batch_size: examples a forward pass.
     """
 
     setup: PolicySetup
@@ -101,8 +71,7 @@ class Precompute:
 
     def carrying(self) -> Collator:
         """The collator for rows that bring the log-probs."""
-        options = self.collator.options
-        return Collator(self.collator.collate, **options | {"columns": (*options["columns"], REFERENCE_COLUMN)})
+        return Collator(_collate, **self.collator.options)
 
     @cached_property
     def _parts(self) -> dict[str, str]:
@@ -128,10 +97,8 @@ class Precompute:
             yield self._ask(items)
 
     def _ask(self, items: Sequence[tuple[Encoded, str]]) -> list[np.ndarray]:
-        # Every path counts here, also those that objectives only survey.
-        plain = [(replace(e, paths=tuple(replace(p, name="") for p in e.paths)), name) for e, name in items]
         options = self.collator.options
-        batch = collate(plain, layout=options["layout"], pad_id=options["pad_id"])
+        batch = collate(_as_answers(items), layout=options["layout"], pad_id=options["pad_id"])
         batch = batch.to(next(self.setup.model.parameters()).device)
         found = self.setup.reference.logps(batch).float().cpu().numpy()
         counts = [sum(len(_supervised(path)) for path in encoded.paths) for encoded, _ in items]
@@ -199,6 +166,26 @@ def fingerprint(setup: PolicySetup) -> str:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def _collate(items: Sequence[tuple[Encoded, str]], *, layout: str, pad_id: int, columns: Sequence[str]) -> Batch:
+    """As `data.layout.collate`, with the log-probs; also the paths that are only surveyed bring them."""
+    answers, aside = (
+        [
+            (replace(e, paths=tuple(p for p in e.paths if p.name.startswith(ASIDE) == wanted)), where)
+            for e, where in items
+        ]
+        for wanted in (False, True)
+    )
+    batch = collate(answers, layout=layout, pad_id=pad_id, columns=(*columns, REFERENCE_COLUMN))
+    if not any(encoded.paths for encoded, _ in aside):
+        return batch
+    return replace(batch, aside=collate(_as_answers(aside), layout=layout, pad_id=pad_id, columns=(REFERENCE_COLUMN,)))
+
+
+def _as_answers(items: Sequence[tuple[Encoded, str]]) -> list[tuple[Encoded, str]]:
+    """The same examples, in which every path counts."""
+    return [(replace(e, paths=tuple(replace(path, name="") for path in e.paths)), where) for e, where in items]
 
 
 def _completed(rows: Bundles, index: int) -> tuple[Encoded, str]:
