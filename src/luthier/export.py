@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from luthier.core.errors import ConfigError, ModelError
-from luthier.core.log import get_logger
+from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
 from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch
 from luthier.model.tokenizer import load_tokenizer
@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
     from luthier.export_reward import reward_form
     from luthier.run import resolve
 
+    quiet_libraries()
     command = parse_command(argv, "export")
     run = resolve(command.config, command.overrides, verb="export")
     for line in (*run.warnings, *run.notes):
