@@ -133,8 +133,13 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         found = report.with_perplexity(found) if run.stage == "pt" else found
         trainer.save_metrics("eval", found)
         metrics |= found
-    if trainer.args.do_predict:
-        predictions.write_predictions(trainer, trainer.eval_dataset, Path(trainer.args.output_dir))
+    judges = run.objective.head is not None and trainer.args.do_eval and trainer.eval_dataset is not None
+    if trainer.args.do_predict or judges:
+        written = predictions.write_predictions(trainer, trainer.eval_dataset, Path(trainer.args.output_dir))
+        if judges and trainer.is_world_process_zero():
+            found = predictions.report(written, run.objective)
+            trainer.save_metrics("eval", {**metrics, **found})
+            metrics |= found
     if trainer.is_world_process_zero() and trainer.args.do_train:
         folder = Path(trainer.args.output_dir)
         drawn = report.plot_loss(folder, trainer.state.log_history) if run.train.plot_loss else []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.log import get_logger
 
 if TYPE_CHECKING:
+    from luthier.core.objective import Objective
     from luthier.train.sampler import Bundles
     from luthier.train.trainer import Trainer
 
@@ -43,6 +44,26 @@ def write_predictions(trainer: Trainer, dataset: Bundles | Mapping[str, Bundles]
         _write(target, "".join(line + "\n" for line in lines))
         log.info("%d predictions are in %s.", len(lines), target)
     return target
+
+
+def report(predictions: Path, objective: Objective) -> dict[str, float]:
+    """Measures of a reward model over its predictions: calibration, proper scores, abstaining; with plots beside them.
+
+    Of several sets each has its own folder and its name in the measures. Keys begin with `eval_`.
+    """
+    from luthier.evaluate.pairs import record_of
+    from luthier.evaluate.preference import preference_report
+
+    sets: dict[str, list[Record]] = {}
+    for line in predictions.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        sets.setdefault(row.get("set", ""), []).append(record_of(row))
+    found: dict[str, float] = {}
+    for name, records in sets.items():
+        folder = predictions.parent / f"preference-{name}" if name else predictions.parent
+        prefix = f"eval_{name}_" if name else "eval_"
+        found |= {prefix + key: value for key, value in preference_report(records, folder, objective).items()}
+    return found
 
 
 def _of_all_ranks(mine: list[Record], trainer: Trainer) -> list[list[Record]]:

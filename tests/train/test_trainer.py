@@ -170,3 +170,11 @@ def test_a_token_of_one_document_cannot_change_another():
             logps = setup.bind().logps(batch)
             found.append(logps[batch.answer == 0])
         assert torch.equal(*found)
+
+
+def test_a_folder_holds_the_head_of_its_last_run_only(tmp_path):
+    for stage, there in (("disco_rm", "normal"), ("rm", "value"), ("sft", None)):
+        trainer = trainer_for(stage, tmp_path, batch=6)
+        trainer.save_final()
+        heads = {"value", "normal"} & {path.name.split("_head")[0] for path in tmp_path.glob("*_head.safetensors")}
+        assert heads == ({there} if there else set())

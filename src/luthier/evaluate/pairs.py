@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,12 @@ def pairs_of(records: Iterable[Record]) -> Pairs:
 def read_records(predictions: str | Path) -> list[Record]:
     """The records in a generated_predictions.jsonl: {"row", "answers": [{...}]} a line; null is NaN."""
     lines = Path(predictions).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(row["row"], [_numbers(answer) for answer in row["answers"]]) for row in rows]
+    return [record_of(json.loads(line)) for line in lines]
+
+
+def record_of(row: Mapping[str, Any]) -> Record:
+    """One line of it, read."""
+    return row["row"], [_numbers(answer) for answer in row["answers"]]
 
 
 def _numbers(answer: Mapping[str, float | None]) -> dict[str, float]:

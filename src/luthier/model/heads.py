@@ -73,6 +73,13 @@ def save(head: nn.Module, name: str, folder: Path, facts: Mapping[str, Any]) -> 
     (folder / f"{name}_head.json").write_text(text, encoding="utf-8")
 
 
+def drop_others(folder: Path, keep: str | None) -> None:
+    """Remove the heads that an earlier run of another stage left in a folder."""
+    for other in set(names("heads")) - {keep}:
+        for suffix in ("safetensors", "json"):
+            (folder / f"{other}_head.{suffix}").unlink(missing_ok=True)
+
+
 def saved_in(folder: str | Path) -> str | None:
     """The name of the head that was saved in a folder, if any."""
     found = [name for name in names("heads") if (Path(folder) / f"{name}_head.safetensors").is_file()]

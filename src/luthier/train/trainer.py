@@ -150,7 +150,8 @@ class Trainer(transformers.Trainer):
     def _ask(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = self.setup.bind(model)
         loss, logs = self.objective.loss(policy, batch)
-        if not self.accuracy:
+        # A stage with a head does not train the model's words; its own accuracy is that of its judgements.
+        if not self.accuracy or self.objective.head is not None:
             return loss, dict(logs)
         return loss, {**logs, "accuracy": batch.mean(policy.hits(batch), over="token")}
 
@@ -267,6 +268,7 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.publish_into(staged, folder)
+                heads.drop_others(folder, self.objective.head)
 
     def _save_state(self, folder: Path) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
