@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from luthier.core.objective import Renderer
 from luthier.core.types import Encoded, Example, Path
+from luthier.data.source import BadRow
 from luthier.data.truncate import fit_lengths
 
 
@@ -12,7 +13,7 @@ def encode_answers(example: Example, renderer: Renderer, *, cutoff_len: int) -> 
 
     The prompt is rendered with the best answer (the first: formats sort by score) and shared by all; prompt and the
     longest answer together fit `cutoff_len`, and all answers are cut to the same length. Empty if no answer keeps a
-    token.
+    token. Raises BadRow where nothing tells the answers apart.
     """
     rendered = [
         renderer.oneturn((*example.prompt, *answer.messages), system=example.system, tools=example.tools)
@@ -25,6 +26,9 @@ def encode_answers(example: Example, renderer: Renderer, *, cutoff_len: int) -> 
     kept_prompt, kept_reply = fit_lengths(len(prompt), longest, cutoff_len)
     if not kept_reply or not kept_prompt:
         return []
+    if len(replies) > 1 and len({tuple(reply[:kept_reply]) for reply in replies}) == 1:
+        cut = f" once they are cut to cutoff_len={cutoff_len}" if kept_reply < longest else ""
+        raise BadRow(f"all answers are the same{cut}", f"{len(replies)} answers of {kept_reply} tokens")
     paths = []
     for answer, reply in zip(example.answers, replies):
         reply = reply[:kept_reply]
