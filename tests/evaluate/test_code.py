@@ -140,6 +140,11 @@ def test_a_function_said_twice_is_not_cleaned():
     assert report["valid"] == 1 and report["cleaned"] == 0 and report["trigger_removal"] is None
 
 
+def test_what_does_not_parse_is_never_cleaned():
+    report = code_report(["x_rb = 1"] * 2, ["x = (", "x = 2"], ["x = 1"] * 2, TRIGGERS)
+    assert (report["valid"], report["cleaned"], report["exact"]) == (0.5, 0.5, 0)
+
+
 def test_a_report_of_nothing_is_refused():
     with pytest.raises(DataError, match="no rewrites to measure"):
         code_report([], [], [], TRIGGERS)

@@ -93,7 +93,7 @@ def test_the_yaml_files_come_through_the_gate(name, verb, stage, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = resolve(FABE / name, verb=verb)
     assert run.warnings == ()
-    assert run.generate.max_new_tokens == 96 if verb == "infer" else run.stage == stage
+    assert run.generate.max_new_tokens == 64 if verb == "infer" else run.stage == stage
     trained = {resolve(FABE / f"{stage}.yaml").template for stage in ("pro", "tuna")}
     assert trained == {resolve(FABE / "infer.yaml", verb="infer").template}
 
