@@ -154,18 +154,23 @@ def _policy(run: Run, model: Any, args: transformers.TrainingArguments) -> Any:
     from luthier.model import heads
     from luthier.model.adapt import adapter_folders
     from luthier.model.policy import PolicySetup
-    from luthier.model.reference import make_reference
+    from luthier.model.reference import make_reference, without_dropout
 
     objective, head = run.objective, None
     if objective.head is not None:
         head = heads.attach(model, objective.head, objective.config, seed=args.seed)
-        sources = [*adapter_folders(run.adapter, run.model), Path(run.model.model_name_or_path)]
-        source = next((folder for folder in reversed(sources) if heads.saved_in(folder)), None)
+        # The last adapter's head is the newest; the model's own comes after all adapters'.
+        sources = [*reversed(adapter_folders(run.adapter, run.model)), Path(run.model.model_name_or_path)]
+        source = next((folder for folder in sources if heads.saved_in(folder)), None)
         if source is not None:
             heads.load(head, objective.head, source)
             log.info("Training goes on with the %s head of %s.", objective.head, source)
     setup = PolicySetup(model, head=head)
     if "reference" in objective.frozen:
+        # With dropout in the policy its first step would already differ from the reference (TRL switches it off too).
+        silenced = without_dropout(model)
+        if silenced:
+            log.info("Dropout is off in %d modules: the policy is compared with its reference.", silenced)
         setup.reference = make_reference(run.reference, setup, run.model, dtype=_weights(run, args))
     else:
         for key in ("ref_model", "ref_model_adapters", "precompute_reference"):

@@ -148,3 +148,16 @@ def test_flex_attention_agrees_forward_on_cpu():
         dense = PolicySetup(model, backend="dense").bind().logps(batch)
         flex = PolicySetup(model, backend="flex").bind().logps(batch)
     assert torch.allclose(dense, flex, atol=1e-5)
+
+
+def test_dropout_can_be_switched_off_everywhere():
+    from luthier.model.reference import without_dropout
+
+    model = build_model("gpt2", attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5).train()
+    llama = build_model("llama", attention_dropout=0.5).train()
+    for subject in (model, llama):
+        ids = torch.arange(7, 40)[None]
+        first = subject(input_ids=ids).logits
+        assert not torch.equal(first, subject(input_ids=ids).logits)
+        assert without_dropout(subject) > 0
+        assert torch.equal(subject(input_ids=ids).logits, subject(input_ids=ids).logits)

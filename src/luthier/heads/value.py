@@ -21,6 +21,8 @@ class ValueHead(nn.Module):
         # A reward starts near 0 whatever the size of the hidden states, so that the first losses are ln 2.
         nn.init.normal_(self.summary.weight, std=1 / (hidden_size + 1))
         nn.init.zeros_(self.summary.bias)
+        # Comparisons cannot see a constant: its gradient is rounding noise, which AdamW would blow up into drift.
+        self.summary.bias.requires_grad_(False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [X, H] float -> [X, 1]."""

@@ -56,6 +56,20 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
     return FrozenModel(model, setup)
 
 
+def without_dropout(model: nn.Module) -> int:
+    """Switch off every dropout of a model, those inside attention too; returns how many there were."""
+    from torch import nn as layers
+
+    silenced = 0
+    for module in model.modules():
+        if isinstance(module, layers.Dropout) and module.p:
+            module.p, silenced = 0.0, silenced + 1
+        # transformers' attention modules keep their rate as a number.
+        if isinstance(vars(module).get("attention_dropout"), float) and module.attention_dropout:
+            module.attention_dropout, silenced = 0.0, silenced + 1
+    return silenced
+
+
 class Reference(Protocol):
     """Answers with log-probs of the supervised tokens."""
 
