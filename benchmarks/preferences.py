@@ -42,6 +42,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 Step = Callable[[], float]
 """One forward and backward pass; returns the loss."""
+Prepare = Callable[[list], tuple[Step, int]]
+"""The step of some items, and how many tokens it computes."""
 
 
 def fill(model: nn.Module, head: torch.Tensor | None) -> None:
@@ -57,8 +59,8 @@ def fill(model: nn.Module, head: torch.Tensor | None) -> None:
             head.copy_(torch.randn(head.shape, generator=generator) / head.shape[-1] ** 0.5)
 
 
-def luthier_step(stage: str, items: list, options: argparse.Namespace) -> tuple[nn.Module, Step, int]:
-    """The model, its step in one of Luthier's layouts, and the tokens a step computes."""
+def luthier(stage: str, options: argparse.Namespace) -> tuple[nn.Module, Prepare]:
+    """The model, and its steps in one of Luthier's layouts."""
     from luthier.adapters import lora
     from luthier.data.layout import collate
     from luthier.model import heads
@@ -76,39 +78,47 @@ def luthier_step(stage: str, items: list, options: argparse.Namespace) -> tuple[
         head = heads.attach(model, "value")
         setup, objective = PolicySetup(model, head=head), Rm(RmConfig(rm_pairs=options.pairs))
         fill(model, head.summary.weight)
-    batch = collate(items, layout=options.way, pad_id=0).to(options.device)
 
-    def step() -> float:
-        loss, _ = objective.loss(setup.bind(), batch)
-        loss.backward()
-        return loss.item()
+    def prepare(items: list) -> tuple[Step, int]:
+        batch = collate(items, layout=options.way, pad_id=0).to(options.device)
 
-    return model, step, batch.ids.numel()
+        def step() -> float:
+            loss, _ = objective.loss(setup.bind(), batch)
+            loss.backward()
+            return loss.item()
+
+        return step, batch.ids.numel()
+
+    return model, prepare
 
 
-def trl_step(stage: str, items: list, options: argparse.Namespace) -> tuple[nn.Module, Step, int]:
-    """The model, its step through the training step of TRL's trainer, and the tokens a step computes."""
+def trl(stage: str, options: argparse.Namespace) -> tuple[nn.Module, Prepare]:
+    """The model, and its steps through the training step of TRL's trainer."""
     trainer = TRAINERS[stage](options)
-    ((encoded, _),) = items
-    steps = [trainer.data_collator([row]) for row in trl_rows(stage, encoded.paths, options)]
-    trainer.current_gradient_accumulation_steps = len(steps)
 
-    def step() -> float:
-        return sum(trainer.training_step(trainer.model, dict(inputs)).item() for inputs in steps)
+    def prepare(items: list) -> tuple[Step, int]:
+        ((encoded, _),) = items
+        steps = [trainer.data_collator([row]) for row in trl_rows(stage, encoded.paths, options.pairs)]
+        trainer.current_gradient_accumulation_steps = len(steps)
 
-    return trainer.model, step, sum(inputs["input_ids"].numel() for inputs in steps)
+        def step() -> float:
+            return sum(trainer.training_step(trainer.model, dict(inputs)).item() for inputs in steps)
+
+        return step, sum(inputs["input_ids"].numel() for inputs in steps)
+
+    return trainer.model, prepare
 
 
-def trl_rows(stage: str, paths: tuple, options: argparse.Namespace) -> Iterator[dict]:
+def trl_rows(stage: str, paths: tuple, pairs: str) -> Iterator[dict]:
     """The pairs of a list, best first, as the trainers' collators take them."""
-    for better, chosen in enumerate(paths if options.pairs == "all" else paths[:1]):
+    stem = paths[0].weights.count(0.0)
+    for better, chosen in enumerate(paths if pairs == "all" else paths[:1]):
         for rejected in paths[better + 1 :]:
             if stage == "rm":
                 yield {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
             else:
-                stem, answers = chosen.ids[: options.prompt], (chosen.ids, rejected.ids)
-                first, second = (ids[options.prompt :] for ids in answers)
-                yield {"prompt_ids": stem, "chosen_ids": first, "rejected_ids": second}
+                answers = {"chosen_ids": chosen.ids[stem:], "rejected_ids": rejected.ids[stem:]}
+                yield {"prompt_ids": chosen.ids[:stem], **answers}
 
 
 def trl_arguments(options: argparse.Namespace) -> dict:
@@ -184,10 +194,12 @@ def worker(options: argparse.Namespace) -> None:
 
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     stage, size = options.case[0].split(":")
-    items = ranked(int(size), options.prompt, options.reply)
-    model, step, tokens = (trl_step if options.way == "trl" else luthier_step)(stage, items, options)
+    model, prepare = (trl if options.way == "trl" else luthier)(stage, options)
+    warm_up, _ = prepare(ranked(2, 64, 16))
+    warm_up()
+    step, tokens = prepare(ranked(int(size), options.prompt, options.reply))
     wall, cpu = [], []
-    for _ in range(options.repeats + 1):
+    for _ in range(options.repeats):
         model.zero_grad()
         synchronise(options.device)
         start = time.perf_counter(), time.process_time()
@@ -196,8 +208,7 @@ def worker(options: argparse.Namespace) -> None:
         wall.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])
     squares = [weight.grad.double().square().sum() for weight in model.parameters() if weight.grad is not None]
-    # The first step pays for warming up.
-    found = {"tokens": tokens, "seconds": min(wall[1:]), "cpu_seconds": min(cpu[1:]), "all_seconds": wall[1:]}
+    found = {"tokens": tokens, "seconds": min(wall), "cpu_seconds": min(cpu), "all_seconds": wall}
     print(
         json.dumps(found | {"loss": loss, "gradient": sum(squares).sqrt().item(), "threads": torch.get_num_threads()})
     )
