@@ -8,6 +8,7 @@ from luthier.core.types import Answer, Example, Message
 from luthier.data.answers import encode_answers, prompt_length
 from luthier.data.source import BadRow
 from luthier.data.template import TemplateConfig, make_renderer
+from tests.conftest import build_tokenizer
 
 
 def example(*texts: str, prompt: str = "hello") -> Example:
@@ -17,9 +18,7 @@ def example(*texts: str, prompt: str = "hello") -> Example:
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "qwen3"])
 @pytest.mark.parametrize("cutoff_len", [24, 40, 60, 200])
-def test_all_answers_share_the_prompt_and_fit(tokenizer, template, cutoff_len):
-    from tests.conftest import build_tokenizer
-
+def test_all_answers_share_the_prompt_and_fit(template, cutoff_len):
     renderer = make_renderer(TemplateConfig(template=template), build_tokenizer(extra_specials=("<think>", "</think>")))
     texts = ("The quick brown fox jumps over the lazy dog.", "Paris.", "one two three four five")
     (encoded,) = encode_answers(
@@ -33,8 +32,8 @@ def test_all_answers_share_the_prompt_and_fit(tokenizer, template, cutoff_len):
     assert [path.score for path in encoded.paths] == [0.0, -1.0, -2.0]
 
 
-def test_answers_that_nothing_tells_apart_are_refused(tokenizer):
-    renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
+def test_answers_that_nothing_tells_apart_are_refused():
+    renderer = make_renderer(TemplateConfig(template="chatml"), build_tokenizer())
     with pytest.raises(BadRow, match="all answers are the same"):
         encode_answers(example("Paris.", "Paris."), renderer, cutoff_len=100)
     long = "one two three four five six seven eight nine ten "

@@ -624,11 +624,12 @@ def test_the_report_is_json(home):
     assert json.loads(json.dumps(report.to_dict()))["train"] == 20
 
 
-def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path, tokenizer):
+def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path):
     from luthier.data.encode import prepare
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig, make_renderer
     from luthier.objectives.sft import Sft
+    from tests.conftest import build_tokenizer
 
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "history": [["c", "d"]]}]
     file = tmp_path / "rows.jsonl"
@@ -639,5 +640,5 @@ def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path, tokenizer)
         max_samples=1,
         data_cache_dir=str(tmp_path / "cache"),
     )
-    renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
+    renderer = make_renderer(TemplateConfig(template="chatml"), build_tokenizer())
     assert len(prepare(data, Sft(), renderer, cutoff_len=50, seed=0).train) == 1
