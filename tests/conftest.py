@@ -50,9 +50,9 @@ def build_tokenizer(vocab_size: int = 400, extra_specials: tuple[str, ...] = ())
     return tokenizer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer():
-    """Shared and read-only: a test that changes a tokenizer builds its own with `build_tokenizer`."""
+    """A tokenizer of the test's own: named templates write to the tokenizer they are bound to."""
     return build_tokenizer()
 
 
@@ -117,11 +117,11 @@ def build_model(kind: str = "llama", *, dtype=None, seed: int = 0, **changes):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer):
+def model_folder(tmp_path_factory):
     """A tiny Llama with its tokenizer, saved as a folder that `model_name_or_path` can name. Read-only."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     model = build_model("llama")
     model.config.vocab_size = 400
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     return folder
