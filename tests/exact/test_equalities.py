@@ -9,6 +9,7 @@ from luthier.core.batch import total_units
 from luthier.data.layout import collate
 from luthier.train import by_hand
 from tests.conftest import build_model
+from tests.exact.conftest import in_double
 from tests.exact.runs import OBJECTIVES, furthest, items_for, objective_of, setup_for, trainer_for, weights
 
 TOLERANCE = 2e-7  # two SGD steps at a rate of 0.1; RMSNorm rounds to float32 inside transformers
@@ -133,3 +134,27 @@ def test_a_batch_without_supervision_changes_nothing_and_reaches_every_parameter
         if parameter.requires_grad:
             assert parameter.grad is not None, parameter_name
             assert not parameter.grad.any(), parameter_name
+
+
+def test_layouts_agree_to_1e_9_on_ragged_lists(name):
+    """Loss and gradients, with norms in full precision; lists of different length side by side."""
+    objective = objective_of(name)
+    items = items_for(objective, 6, seed=11)
+    items = [objective.complete(i, items) for i in range(len(items))]
+    columns = [column.name for column in objective.columns]
+    found = {}
+    for layout in ("padded", "packed", "shared"):
+        model = in_double(build_model("llama", dtype=torch.float64)).eval()
+        setup = setup_for(objective, model)
+        in_double(getattr(getattr(setup.reference, "own", None), "model", model))
+        batch = collate(items, layout=layout, pad_id=3, columns=columns)
+        totals = batch.units()
+        if objective.surveys:
+            totals |= by_hand.survey(setup.bind, objective, [batch])
+        loss, logs = objective.loss(setup.bind(), batch.with_totals(totals, 0.5))
+        loss.backward()
+        measures = {key: value.detach() for key, value in logs.items()}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found[layout] = {"loss": loss.detach(), **measures, **gradients}
+    for layout in ("packed", "shared"):
+        assert furthest(found["padded"], found[layout]) < 1e-9, layout
