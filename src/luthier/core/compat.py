@@ -79,7 +79,6 @@ _SGLANG = "the sglang engine is not there yet; leave the key out, and answers co
 _KT = "ktransformers is not supported; leave the key out"
 _PPO = "belongs to stage ppo, which is not there yet"
 _REWARD = "a reward model is read by stage ppo only, which is not there yet"
-_REFERENCE = "a reference model is read by preference stages only, which are not there yet"
 _GALORE = "use the optimisers of transformers: optim: galore_adamw with optim_target_modules and optim_args"
 _APOLLO = "use the optimisers of transformers: optim: apollo_adamw with optim_target_modules and optim_args"
 _BADAM = "BAdam is not supported; finetuning_type: freeze or lora saves memory too"
@@ -147,7 +146,6 @@ LLAMA_FACTORY: dict[str, Refused] = {
     "use_llama_pro": Refused((False,), "expanded blocks are not supported yet; leave the key out"),
     # stages to come
     **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
-    **_group(_REFERENCE, ref_model_quantization_bit=None),
     **_group(_REWARD, reward_model_adapters=None, reward_model_quantization_bit=None),
     **_group(_REWARD, reward_model_type="lora"),
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),

@@ -168,6 +168,13 @@ def _fetch(name: str, model_config: ModelConfig) -> Path:
         raise ModelError(no_source("adapter_name_or_path", name, None, error)) from error
 
 
+def _shape(layer: nn.Linear | Any) -> tuple[int, ...]:
+    """A layer's width on both sides; the weights of a quantised one are packed into another shape."""
+    from torch import nn
+
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+
+
 def _check_shapes(model: PreTrainedModel, folder: Path) -> None:
     from safetensors import safe_open
     from torch import nn
@@ -186,10 +193,10 @@ def _check_shapes(model: PreTrainedModel, folder: Path) -> None:
                     f"{type(model).__name__} does not have."
                 )
             width, here = file.get_slice(key).get_shape()[1], modules[name]
-            if isinstance(here, (nn.Linear, Conv1D)) and width not in here.weight.shape:
+            if isinstance(here, (nn.Linear, Conv1D)) and width not in _shape(here):
                 raise ModelError(
                     f"The adapter {folder} was made for another model: {name} takes {width} numbers there and has "
-                    f"shape {tuple(here.weight.shape)} here."
+                    f"shape {_shape(here)} here."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def load_model(
     attn: str | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    bits: Literal[4, 8] | None = None,
 ) -> PreTrainedModel:
     """The model of `config`, in evaluation mode, every weight of it from the checkpoint.
 
@@ -89,6 +91,7 @@ def load_model(
     comes first and the checkpoint's own format last.
     attn: attention implementation in transformers' words; None follows `flash_attn`.
     seed: of random weights and of the noise in new embedding rows.
+    bits: keep the linear layers in 4 (NF4, twice quantised) or 8 bits, by bitsandbytes; for models that stay frozen.
     Raises ModelError for anything that is not a whole causal language model.
     """
     import torch
@@ -101,11 +104,11 @@ def load_model(
         if config.train_from_scratch:
             model = _scratch(config, settings, wanted, implementation)
         else:
-            model = _pretrained(config, settings, wanted, implementation)
+            model = _pretrained(config, settings, wanted, implementation, bits)
     _mend_generation(model)
     if tokenizer is not None:
         _fit_vocabulary(model, tokenizer, config, seed)
-    if device is not None:
+    if device is not None and bits is None:  # quantised weights are where they were made
         model.to(device)
     return model.eval()
 
@@ -191,8 +194,30 @@ def _dtype(config: ModelConfig, wanted: torch.dtype | None) -> torch.dtype | Non
     return wanted if chosen is None else getattr(torch, chosen)
 
 
+def _quantisation(bits: Literal[4, 8] | None, dtype: torch.dtype | None) -> Any:
+    """What transformers is told about bitsandbytes. Raises ConfigError where it is not installed."""
+    if bits is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("quantised models need bitsandbytes: pip install luthier[quant]")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        **({} if dtype is None else {"bnb_4bit_compute_dtype": dtype}),
+    )
+
+
 def _pretrained(
-    config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None
+    config: ModelConfig,
+    settings: PretrainedConfig,
+    dtype: torch.dtype | None,
+    attn: str | None,
+    bits: Literal[4, 8] | None = None,
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -205,6 +230,7 @@ def _pretrained(
             config=settings,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn,
+            quantization_config=_quantisation(bits, dtype),
             trust_remote_code=config.trust_remote_code,
             ignore_mismatched_sizes=True,  # so that they are listed; they raise below
             output_loading_info=True,

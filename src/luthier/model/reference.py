@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from luthier.core.errors import ConfigError
 
@@ -25,7 +25,9 @@ class ReferenceConfig:
     """Folder or hub id of the reference model. Unset: the model as it was before training, which with an adapter is
     the same weights with the adapter switched off."""
     ref_model_adapters: str | list[str] | None = None
-    """Adapters to merge into ref_model."""
+    """Adapters of ref_model, merged into it."""
+    ref_model_quantization_bit: Literal[4, 8] | None = None
+    """Keep ref_model in 4 or 8 bits (bitsandbytes). Its adapter, one at most, is then left unmerged."""
     precompute_reference: bool = False
     """Compute the reference's log-probs once, before training, and keep them beside the encoded data."""
 
@@ -37,12 +39,14 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
     """
     from peft import PeftModel
 
-    from luthier.model.adapt import AdapterConfig, adapt
+    from luthier.model.adapt import AdapterConfig, adapt, adapter_folders, attach
     from luthier.model.load import load_model
 
+    bits = config.ref_model_quantization_bit
     if config.ref_model is None:
-        if config.ref_model_adapters:
-            raise ConfigError("ref_model_adapters needs ref_model, the model they are merged into.")
+        for key in ("ref_model_adapters", "ref_model_quantization_bit"):
+            if vars(config)[key]:
+                raise ConfigError(f"{key} needs ref_model, the model it is about.")
         if isinstance(setup.model, PeftModel):
             return AdapterOff(setup)
         # Hooks and the head belong to the policy alone.
@@ -50,8 +54,16 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
             return FrozenModel(copy.deepcopy(setup.model), setup)
     wanted = replace(model_config, model_name_or_path=config.ref_model)
     device = next(setup.model.parameters()).device
-    model = load_model(wanted, dtype=dtype, device=device)
+    model = load_model(wanted, dtype=dtype, device=device, bits=bits)
     adapters = AdapterConfig(adapter_name_or_path=config.ref_model_adapters)
+    if bits is not None:
+        folders = adapter_folders(adapters, wanted)
+        if len(folders) > 1:
+            raise ConfigError(
+                f"ref_model_adapters: {len(folders)} adapters, and a ref_model in {bits} bits takes one, since merging "
+                "would round it away. Merge them with `luthier export` first, or leave out ref_model_quantization_bit."
+            )
+        return FrozenModel(attach(model, folders[0]) if folders else model, setup)
     model = adapt(model, adapters, None, model_config=wanted, trainable=False)
     return FrozenModel(model, setup)
 
