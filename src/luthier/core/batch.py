@@ -95,7 +95,9 @@ class Batch:
 
     def per_answer(self, values: Tensor) -> Tensor:
         """Sum edge values [E] into answers [N], weighted by nothing: log-probs of answers from those of tokens."""
-        return values.new_zeros(self.answers).index_add(0, self.answer, values)
+        # A hundred log-probs added one after the other in float32 lose more than the differences that losses look at.
+        exact = values if values.device.type == "mps" else values.double()
+        return exact.new_zeros(self.answers).index_add(0, self.answer, exact).to(values.dtype)
 
     def pairs(self, *, best_only: bool = False) -> tuple[Tensor, Tensor]:
         """(better, worse), int64 [P] each: all pairs, or only those of a group's best answer against the others."""
