@@ -56,23 +56,29 @@ def test_neftune_adds_noise_in_training_only(tmp_path):
     assert quiet.evaluate()["eval_loss"] == pytest.approx(noisy.evaluate()["eval_loss"], abs=1e-12)
 
 
-def test_a_weight_of_one_moves_under_bf16(tmp_path, model_folder):
+def test_a_weight_of_one_moves_under_bf16(tmp_path, model_folder, monkeypatch):
     """In bfloat16 an update of 1e-5 to a weight of 1.0 is lost; what is trained must be kept in float32."""
-    from luthier.fit import _weights
-    from luthier.run import resolve
-    from luthier.train.config import training_arguments
+    from safetensors.torch import load_file
 
-    keys = {"model_name_or_path": str(model_folder), "dataset": "x.jsonl", "output_dir": str(tmp_path), "bf16": True}
-    for kind, expected in (("full", torch.float32), ("lora", None)):
-        run = resolve(keys | {"finetuning_type": kind})
-        chosen = _weights(run, training_arguments(run.training, run.train))
-        assert chosen == expected if expected else chosen in (torch.float32, torch.bfloat16)
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.AdamW([weight], lr=1e-5, weight_decay=0.0)
-    for _ in range(100):
-        weight.grad = torch.ones(1)
-        optimizer.step()
-    assert weight.item() < 1 - 9e-4
+    from luthier.fit import fit
+    from luthier.run import resolve
+    from luthier.train import config
+
+    monkeypatch.setattr(config, "_native_bf16", lambda: True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "hello", "output": "goodbye world"}) + "\n")
+    keys = {
+        "model_name_or_path": str(model_folder), "stage": "sft", "finetuning_type": "full", "dataset": str(rows),
+        "data_cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "out"), "max_steps": 3, "bf16": True,
+        "learning_rate": 1e-5, "lr_scheduler_type": "constant", "save_strategy": "no",
+    }  # fmt: skip
+    run = resolve(keys)
+    assert run.training["bf16"] is True
+    fit(run)
+    norm = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert norm.dtype == torch.float32
+    assert 0 < (norm - 1).abs().max() < 1e-4
+    assert torch.equal(norm.bfloat16(), torch.ones_like(norm, dtype=torch.bfloat16)), "bfloat16 would not have moved"
 
 
 def test_a_tiny_model_learns_a_row_by_heart_and_says_it(tmp_path, model_folder):
