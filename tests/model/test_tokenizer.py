@@ -93,3 +93,9 @@ def test_a_broken_tokenizer_file(tmp_path):
 def test_a_name_the_hub_cannot_give():
     with pytest.raises(ModelError, match="nobody/nothing is not a local folder"):
         load_tokenizer(ModelConfig(model_name_or_path="nobody/nothing"))
+
+
+def test_a_folder_that_is_no_model_is_called_so(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ModelError, match="is no model folder: it has neither config.json nor a tokenizer"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))

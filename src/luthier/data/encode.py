@@ -230,7 +230,8 @@ def _judge(job: Job, tally: Tally, max_bad_rows: float) -> None:
 
 
 HINTS = {
-    "nothing left to train": "Prompts that fill cutoff_len leave no room for the response: raise cutoff_len.",
+    "nothing left to train": "Prompts that fill cutoff_len leave no room for the response: raise cutoff_len. A row "
+    "whose turns all have weight 0 trains nothing either.",
     "wrong order of roles": "User and observation turns must alternate with assistant and function turns.",
     "unknown role": "Name the roles of this data set with tags: {user_tag: ..., assistant_tag: ...}.",
 }

@@ -39,6 +39,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     name = config.model_name_or_path
     folder = local_folder("model_name_or_path", name)
+    if folder is not None and not (folder / "config.json").exists() and not any((folder / f).exists() for f in FILES):
+        raise ModelError(
+            f"model_name_or_path: {folder} is no model folder: it has neither config.json nor a tokenizer."
+        )
     if folder is not None and not any((folder / file).exists() for file in FILES):
         raise ModelError(
             f"model_name_or_path: {folder} has no tokenizer (no tokenizer.json). Copy the files of the model it was "
