@@ -189,18 +189,23 @@ def main() -> None:
             )
         Console(width=110).print(table)
     if options.json:
-        import torch
-        import transformers
+        keep(options.json, "layouts.py", found)
 
-        about = {
-            "command": "python benchmarks/layouts.py " + " ".join(sys.argv[1:]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
+
+def keep(file: Path, script: str, found: object) -> None:
+    """Write figures to a JSON file, with what they rest on: command, date, machine, versions."""
+    import torch
+    import transformers
+
+    about = {
+        "command": f"python benchmarks/{script} " + " ".join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

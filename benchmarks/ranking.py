@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from layouts import build, items_of
+from layouts import build, items_of, keep
 
 WAYS = ("padded", "shared")
 SIZES = tuple(range(2, 9))
@@ -104,18 +102,7 @@ def main() -> None:
         )
     Console().print(table)
     if options.json:
-        import torch
-        import transformers
-
-        about = {
-            "command": "python benchmarks/ranking.py " + " ".join(sys.argv[1:]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
+        keep(options.json, "ranking.py", found)
 
 
 if __name__ == "__main__":

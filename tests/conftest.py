@@ -125,3 +125,19 @@ def model_folder(tmp_path_factory):
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_lively_model(model_folder, folder):
+    """The tiny model of `model_folder` with weights far from zero, so that it does not repeat one token; saved."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder

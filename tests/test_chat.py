@@ -13,6 +13,7 @@ from luthier import chat
 from luthier.cli import main
 from luthier.core.errors import DataError
 from luthier.core.types import Message
+from tests.conftest import save_lively_model
 
 NEW = 8
 
@@ -20,16 +21,7 @@ NEW = 8
 @pytest.fixture(scope="module")
 def folder(model_folder, tmp_path_factory):
     """The tiny model with weights that do not repeat one token."""
-    folder = tmp_path_factory.mktemp("chat-model")
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder
+    return save_lively_model(model_folder, tmp_path_factory.mktemp("chat-model"))
 
 
 @pytest.fixture

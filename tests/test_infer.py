@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from luthier import serving
 from luthier.cli import main
 from luthier.engines.hf import Engine
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, save_lively_model
 
 ASKED = ["Hello world", "What is the capital of France?", "one two three", "a", CORPUS[1], "goodbye " * 12]
 NEW = 10
@@ -22,16 +22,7 @@ NEW = 10
 @pytest.fixture(scope="module")
 def folder(model_folder, tmp_path_factory):
     """The tiny model with weights that do not repeat one token, and no stop token that ends most answers at once."""
-    folder = tmp_path_factory.mktemp("infer-model")
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder
+    return save_lively_model(model_folder, tmp_path_factory.mktemp("infer-model"))
 
 
 def one_by_one(folder, asked, *, model=None, system=None, **keys):

@@ -16,7 +16,7 @@ from luthier.cli import main
 from luthier.core.errors import ConfigError, ModelError
 from luthier.engines.scoring import Judge, ScoreConfig
 from luthier.model import heads
-from tests.conftest import CHATML
+from tests.conftest import CHATML, save_lively_model
 
 PAIRS = [
     {"instruction": "What is the capital of France?", "chosen": "Paris.", "rejected": "one two three four"},
@@ -28,16 +28,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def base(model_folder, tmp_path_factory):
     """The tiny model with weights that are far from zero."""
-    folder = tmp_path_factory.mktemp("score-base")
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder
+    return save_lively_model(model_folder, tmp_path_factory.mktemp("score-base"))
 
 
 def save_head(folder, kind, *, seed=5):
