@@ -86,6 +86,15 @@ def saved_in(folder: str | Path) -> str | None:
     return found[0] if found else None
 
 
+def facts(folder: str | Path) -> dict[str, Any]:
+    """What the json beside a saved head says: its name under "head", its stage, its settings. Raises ModelError."""
+    name = saved_in(folder)
+    if name is None:
+        raise ModelError(f"{folder} holds no head (no *_head.safetensors).")
+    file = Path(folder) / f"{name}_head.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"head": name}
+
+
 def load(head: nn.Module, name: str, folder: str | Path) -> None:
     """Fill `head` (a NAME head) from the head saved in a folder.
 
