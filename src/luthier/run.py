@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from luthier.data.layout import LayoutConfig
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig
+    from luthier.engines.drafting import SpeculateConfig
     from luthier.engines.sampling import GenerateConfig
     from luthier.engines.scoring import ScoreConfig
     from luthier.export import ExportConfig
@@ -55,6 +56,7 @@ OWNERS: dict[str, str] = {
     "train": "luthier.train.config:TrainConfig",
     "generate": "luthier.engines.sampling:GenerateConfig",
     "score": "luthier.engines.scoring:ScoreConfig",
+    "speculate": "luthier.engines.drafting:SpeculateConfig",
     "export": "luthier.export:ExportConfig",
 }
 """Sections of a run and the dataclass that owns each one's keys."""
@@ -86,6 +88,7 @@ class Run:
     """Hugging Face's training keys: those the user set, under today's names, and those derived from the machine."""
     generate: GenerateConfig
     score: ScoreConfig
+    speculate: SpeculateConfig
     export: ExportConfig
     plugins: str | None = None
     notes: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Who may import whom, read from the source: downwards only, and no member of a family imports another.
 
 core < data, formats, templates | model, adapters, heads, quant < objectives
-     < train, callbacks, optim | engines, evaluate < verbs (the modules at the top), serve
+     < train, callbacks, optim | engines, drafters, evaluate < verbs (the modules at the top), serve
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ROOMS = {
     "callbacks": (3, "train"),
     "optim": (3, "train"),
     "engines": (3, "engines"),
+    "drafters": (3, "engines"),
     "evaluate": (3, "engines"),
     "serve": (4, ""),
 }
@@ -39,8 +40,8 @@ FACTS = {"__version__"}
 """Names of the package itself that everybody may read."""
 NAMED_IN_ANNOTATIONS = {"luthier.run"}
 """`Run` is made of every part's keys and so stands at the top, but annotations below may name it."""
-NOT_A_MEMBER = {"luthier.engines.sampling"}
-"""How text is drawn: the keys that every engine obeys, and no engine itself."""
+NOT_A_MEMBER = {"luthier.engines.sampling", "luthier.engines.target"}
+"""How text is drawn, the keys that every engine obeys, and the model with a cache: no engines themselves."""
 
 
 def modules() -> dict[str, Path]:

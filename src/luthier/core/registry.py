@@ -18,7 +18,18 @@ from types import ModuleType
 
 from luthier.core.errors import ConfigError
 
-FAMILIES = ("objectives", "formats", "templates", "heads", "adapters", "quant", "optim", "callbacks", "engines")
+FAMILIES = (
+    "objectives",
+    "formats",
+    "templates",
+    "heads",
+    "adapters",
+    "quant",
+    "optim",
+    "callbacks",
+    "engines",
+    "drafters",
+)
 
 _HOME = Path(__file__).resolve().parent.parent
 _plugins: list[Path] = []
