@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier import predictions
+from luthier.assemble import bundles, load_data, make_policy, make_trainer, weights
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
@@ -37,13 +38,9 @@ def fit(run: Run) -> Result:
     """Train (and evaluate) what `run` describes; everything it leaves behind lies in `output_dir`."""
     import transformers
 
-    from luthier.data.encode import prepare
-    from luthier.data.template import make_renderer
     from luthier.model.adapt import adapt, count_parameters
     from luthier.model.load import load_model
-    from luthier.model.tokenizer import load_tokenizer
     from luthier.train import config, report, rows
-    from luthier.train.trainer import Trainer
 
     logging.quiet_libraries()
     if run.train.plot_loss:
@@ -53,14 +50,8 @@ def fit(run: Run) -> Result:
     resume = _resume_from(run, args)
     transformers.set_seed(args.seed)
 
-    tokenizer = load_tokenizer(run.model)
-    renderer = make_renderer(run.template, tokenizer)
-    run.objective.start(renderer)
-    cutoff = run.layout.cutoff_len
-    data = prepare(run.data, run.objective, renderer, cutoff_len=cutoff, seed=args.seed)
-    log.info("%s", data.report)
-
-    model = load_model(run.model, tokenizer=tokenizer, dtype=_weights(run, args), device=args.device, seed=args.seed)
+    tokenizer, data = load_data(run, seed=args.seed)
+    model = load_model(run.model, tokenizer=tokenizer, dtype=weights(run, args), device=args.device, seed=args.seed)
     model = adapt(
         model,
         run.adapter,
@@ -71,12 +62,11 @@ def fit(run: Run) -> Result:
         upcast=not run.train.pure_bf16,
     )
     log.info("%s", count_parameters(model))
-    setup = _policy(run, model, args)
+    setup = make_policy(run, model, args)
 
-    complete = run.objective.complete
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
     laid_out = rows.lay_out(
-        rows.bundle(data.train, packing=packing or run.layout.neat_packing, cutoff_len=cutoff, complete=complete),
+        bundles(run, data.train, packing=packing or run.layout.neat_packing),
         setup,
         wish=run.layout.layout,
         batch_size=args.per_device_train_batch_size,
@@ -85,24 +75,18 @@ def fit(run: Run) -> Result:
         noisy=bool(args.neftune_noise_alpha),
         check=run.train.verify_layout,
     )
-    evaluation = {
-        name: rows.bundle(part, packing=False, cutoff_len=cutoff, complete=complete) for name, part in data.eval.items()
-    }
-    trainer = Trainer(
-        setup=setup,
-        objective=run.objective,
+    evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
+    trainer = make_trainer(
+        run,
+        setup,
+        args,
+        tokenizer,
         sidecars=[_config_writer(run)],
-        shuffle=not run.train.disable_shuffling,
-        accuracy=run.train.compute_accuracy,
-        effective=run.train.include_effective_tokens_per_second,
-        args=args,
         train_dataset=laid_out.train,
         eval_dataset=evaluation.get("", evaluation or None),
         data_collator=laid_out.collator,
-        processing_class=tokenizer,
         callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
     )
-    trainer.remove_callback(transformers.PrinterCallback)
     if run.reference.precompute_reference and setup.reference is not None:
         _precompute(run, trainer)
     metrics = _train(run, trainer, resume)
@@ -130,10 +114,10 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         trainer.save_state()
     if trainer.eval_dataset is not None and (trainer.args.do_eval or not trainer.args.do_train):
         found = _evaluated_last(trainer) or trainer.evaluate()
-        found = report.with_perplexity(found) if run.stage == "pt" else found
+        found = report.with_perplexity(found) if run.objective.perplexity else found
         trainer.save_metrics("eval", found)
         metrics |= found
-    judges = run.objective.head is not None and trainer.args.do_eval and trainer.eval_dataset is not None
+    judges = bool(run.objective.report) and trainer.args.do_eval and trainer.eval_dataset is not None
     if trainer.args.do_predict or judges:
         written = predictions.write_predictions(trainer, trainer.eval_dataset, Path(trainer.args.output_dir))
         if judges and trainer.is_world_process_zero():
@@ -147,36 +131,6 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
-
-
-def _policy(run: Run, model: Any, args: transformers.TrainingArguments) -> Any:
-    """The model with the head and the reference its objective asks for."""
-    from luthier.model import heads
-    from luthier.model.adapt import adapter_folders
-    from luthier.model.policy import PolicySetup
-    from luthier.model.reference import make_reference, without_dropout
-
-    objective, head = run.objective, None
-    if objective.head is not None:
-        head = heads.attach(model, objective.head, objective.config, seed=args.seed)
-        # The last adapter's head is the newest; the model's own comes after all adapters'.
-        sources = [*reversed(adapter_folders(run.adapter, run.model)), Path(run.model.model_name_or_path)]
-        source = next((folder for folder in sources if heads.saved_in(folder)), None)
-        if source is not None:
-            heads.load(head, objective.head, source)
-            log.info("Training goes on with the %s head of %s.", objective.head, source)
-    setup = PolicySetup(model, head=head)
-    if "reference" in objective.frozen:
-        # With dropout in the policy its first step would already differ from the reference (TRL switches it off too).
-        silenced = without_dropout(model)
-        if silenced:
-            log.info("Dropout is off in %d modules: the policy is compared with its reference.", silenced)
-        setup.reference = make_reference(run.reference, setup, run.model, dtype=_weights(run, args))
-    else:
-        for key in ("ref_model", "ref_model_adapters", "precompute_reference"):
-            if run.keys.get(key):
-                log.warning("%s has no effect: stage %s compares with no reference model.", key, run.stage)
-    return setup
 
 
 def _precompute(run: Run, trainer: Trainer) -> None:
@@ -202,19 +156,6 @@ def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
         if entry["step"] == trainer.state.global_step:
             found |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     return found or None
-
-
-def _weights(run: Run, args: transformers.TrainingArguments) -> Any:
-    """The number format the model is loaded in: what is trained whole stays float32 unless `pure_bf16`.
-
-    Under bf16 the frozen base of an adapter is kept in bfloat16; the adapter itself is float32.
-    """
-    import torch
-
-    from luthier.core.registry import find
-
-    frozen_base = find("adapters", run.adapter.finetuning_type).IS_ADAPTER
-    return torch.bfloat16 if run.train.pure_bf16 or (args.bf16 and frozen_base) else torch.float32
 
 
 def _one_device_each(args: transformers.TrainingArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ log = get_logger("fit")
 FILE = "generated_predictions.jsonl"
 """LLaMA-Factory's name for it."""
 
-Record = tuple[str, list[dict[str, float]]]
+Record = tuple[str, list[dict[str, Any]]]
 """Where an example came from, and what is recorded about each of its answers."""
 
 
@@ -37,7 +38,7 @@ def write_predictions(trainer: Trainer, dataset: Bundles | Mapping[str, Bundles]
     for name, part in sets.items():
         mine = list(trainer.records(part))
         for row, answers in _in_order(_of_all_ranks(mine, trainer), trainer.args.eval_batch_size):
-            line = {"row": row, "answers": [_finite(answer) for answer in answers]}
+            line = {"row": row, "answers": [_answer(answer) for answer in answers]}
             lines.append(json.dumps(line | ({"set": name} if name else {}), ensure_ascii=False))
     target = folder / FILE
     if trainer.is_world_process_zero():
@@ -47,22 +48,20 @@ def write_predictions(trainer: Trainer, dataset: Bundles | Mapping[str, Bundles]
 
 
 def report(predictions: Path, objective: Objective) -> dict[str, float]:
-    """Measures of a reward model over its predictions: calibration, proper scores, abstaining; with plots beside them.
+    """What the objective's own module in `evaluate/` measures of its predictions; tables and pictures lie beside them.
 
     Of several sets each has its own folder and its name in the measures. Keys begin with `eval_`.
     """
-    from luthier.evaluate.pairs import record_of
-    from luthier.evaluate.preference import preference_report
-
+    module = importlib.import_module(f"luthier.evaluate.{objective.report}")
     sets: dict[str, list[Record]] = {}
     for line in predictions.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        sets.setdefault(row.get("set", ""), []).append(record_of(row))
+        sets.setdefault(row.get("set", ""), []).append((row["row"], row["answers"]))
     found: dict[str, float] = {}
     for name, records in sets.items():
-        folder = predictions.parent / f"preference-{name}" if name else predictions.parent
+        folder = predictions.parent / f"{objective.report}-{name}" if name else predictions.parent
         prefix = f"eval_{name}_" if name else "eval_"
-        found |= {prefix + key: value for key, value in preference_report(records, folder, objective).items()}
+        found |= {prefix + key: value for key, value in module.report(records, folder, objective).items()}
     return found
 
 
@@ -82,10 +81,19 @@ def _in_order(ranks: Sequence[Sequence[Record]], batch: int) -> list[Record]:
     return [record for turn in zip_longest(*batches, fillvalue=()) for part in turn for record in part]
 
 
-def _finite(answer: Mapping[str, float]) -> dict[str, float | None]:
-    """Without the score of an answer that nobody scored; JSON knows no NaN, so others become null."""
-    known = {name: value for name, value in answer.items() if name != "score" or math.isfinite(value)}
-    return {name: value if math.isfinite(value) else None for name, value in known.items()}
+def _answer(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON can hold it, without the score of an answer that nobody scored."""
+    known = _plain(answer)
+    return {name: value for name, value in known.items() if name != "score" or value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(target: Path, text: str) -> None:

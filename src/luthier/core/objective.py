@@ -89,6 +89,13 @@ class Objective(ABC):
     """Per-token values beyond labels."""
     packs: ClassVar[bool] = False
     """Whether `packing` is on when the user does not say."""
+    report: ClassVar[str] = ""
+    """Name of the module in `evaluate/` whose `report(records, folder, objective)` measures what is recorded about
+    held-out answers, if any."""
+    announces: ClassVar[tuple[str, ...]] = ()
+    """Lines for the log when the head is in place."""
+    perplexity: ClassVar[bool] = False
+    """Whether e^loss means something: the loss is the mean of -log p over tokens."""
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config
@@ -97,6 +104,15 @@ class Objective(ABC):
     def claims(cls, keys: Mapping[str, Any], stage: str) -> bool:
         """Whether these keys mean this objective although `stage` names another."""
         return False
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether more than the head is trained."""
+        return True
+
+    def facts(self, tokenizer: Any) -> Mapping[str, Any]:
+        """What the json beside a saved head says of this stage, so that others can use the head as it was trained."""
+        return {}
 
     surveys: ClassVar[bool] = False
     """Whether `survey` must run over all micro-batches before the first loss of a step."""
@@ -108,6 +124,13 @@ class Objective(ABC):
     @abstractmethod
     def encode(self, example: Example, renderer: Renderer, *, cutoff_len: int) -> Sequence[Encoded]:
         """Ids and weights of one example; several Encoded if it must be cut, none if nothing is left to train."""
+
+    def gather(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Examples made of the encoded rows of one group, for formats whose rows belong together (`data/groups.py`).
+
+        Rows without paths bring nothing to train. As they are, unless the stage merges them.
+        """
+        return [row for row in rows if row.paths]
 
     def complete(self, index: int, examples: Sequence[tuple[Encoded, str]]) -> tuple[Encoded, str]:
         """An example as it is trained, given the whole set it belongs to; most stages take it as it is."""
@@ -123,6 +146,14 @@ class Objective(ABC):
     def record(self, policy: Policy, batch: Batch) -> Mapping[str, Tensor]:
         """What `do_predict` writes about each answer, by name, each [N]. Called without gradient."""
         return {}
+
+    def rows(self, policy: Policy, batch: Batch) -> list[list[dict[str, Any]]]:
+        """What predictions say about each example: a list of one dict per answer, as JSON can hold them."""
+        columns = {name: values.tolist() for name, values in self.record(policy, batch).items()}
+        found: list[list[dict[str, Any]]] = [[] for _ in batch.names]
+        for answer, (group, score) in enumerate(zip(batch.group.tolist(), batch.score.tolist())):
+            found[group].append({"score": score} | {name: values[answer] for name, values in columns.items()})
+        return found
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Logs]:

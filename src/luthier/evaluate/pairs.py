@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -79,17 +78,13 @@ def pairs_of(records: Iterable[Record]) -> Pairs:
 
 def read_records(predictions: str | Path) -> list[Record]:
     """The records in a generated_predictions.jsonl: {"row", "answers": [{...}]} a line; null is NaN."""
-    lines = Path(predictions).read_text(encoding="utf-8").splitlines()
-    return [record_of(json.loads(line)) for line in lines]
+    rows = [json.loads(line) for line in Path(predictions).read_text(encoding="utf-8").splitlines()]
+    return [(row["row"], numbers(row["answers"])) for row in rows]
 
 
-def record_of(row: Mapping[str, Any]) -> Record:
-    """One line of it, read."""
-    return row["row"], [_numbers(answer) for answer in row["answers"]]
-
-
-def _numbers(answer: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in answer.items()}
+def numbers(answers: Iterable[Mapping[str, float | None]]) -> list[dict[str, float]]:
+    """Answers as JSON told them, null as NaN again."""
+    return [{name: math.nan if value is None else value for name, value in answer.items()} for answer in answers]
 
 
 def sigmoid_link(gap: np.ndarray, variance: np.ndarray) -> np.ndarray:

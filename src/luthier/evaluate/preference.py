@@ -16,7 +16,7 @@ from luthier.core.objective import Objective
 from luthier.evaluate import plots
 from luthier.evaluate.abstain import RiskCoverage, by_variance, risk_coverage
 from luthier.evaluate.calibration import calibrate
-from luthier.evaluate.pairs import Link, Pairs, Record, pairs_of, scores, sigmoid_link
+from luthier.evaluate.pairs import Link, Pairs, Record, numbers, pairs_of, scores, sigmoid_link
 from luthier.objectives.disco_rm import DiscoRmConfig, log_preference
 
 log = get_logger("evaluate")
@@ -38,6 +38,11 @@ def link_of(objective: Objective | None) -> Link:
         return log_preference(torch.from_numpy(gap), torch.from_numpy(variance), keys).numpy()
 
     return log_p
+
+
+def report(records: Iterable[Record], folder: Path, objective: Objective) -> dict[str, float]:
+    """`preference_report` of records that were read from a predictions file."""
+    return preference_report(((origin, numbers(answers)) for origin, answers in records), folder, objective)
 
 
 def preference_report(

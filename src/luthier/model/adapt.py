@@ -77,7 +77,7 @@ def adapt(
     if not trainable:
         return model.requires_grad_(False).eval()
     if goes_on:
-        log.info("Training goes on with the adapter %s; its own settings hold.", folders[-1])
+        log.info("The adapter %s is taken up; its own settings hold.", folders[-1])
         model = attach(model, folders[-1], trainable=True)
     else:
         model = method.apply(model, keys, also=_also(model, config, model_config), seed=seed)

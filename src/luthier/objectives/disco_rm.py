@@ -128,6 +128,7 @@ class DiscoRm(Objective):
     Config = DiscoRmConfig
     answers = (2, None)
     head = "normal"
+    report = "preference"
 
     @classmethod
     def claims(cls, keys, stage):

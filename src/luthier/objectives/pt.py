@@ -15,6 +15,7 @@ class Pt(Objective):
 
     answers = (0, 1)
     packs = True
+    perplexity = True
 
     def encode(self, example, renderer, *, cutoff_len):
         ids = renderer.document("".join(message.content for message in example.prompt))

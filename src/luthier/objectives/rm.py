@@ -41,6 +41,7 @@ class Rm(Objective):
     Config = RmConfig
     answers = (2, None)
     head = "value"
+    report = "preference"
 
     def encode(self, example, renderer, *, cutoff_len):
         return encode_answers(example, renderer, cutoff_len=cutoff_len)

@@ -25,6 +25,7 @@ class Sft(Objective):
     """Trains every response of a conversation (labels and cuts as in LLaMA-Factory)."""
 
     Config = SftConfig
+    perplexity = True
 
     def start(self, renderer):
         if self.config.train_on_prompt and self.config.mask_history:

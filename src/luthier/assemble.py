@@ -1,0 +1,100 @@
+"""The parts of a run, put together the same way for training and for evaluation: data, policy, Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.log import get_logger
+
+if TYPE_CHECKING:
+    import transformers
+
+    from luthier.data.encode import Prepared
+    from luthier.model.policy import PolicySetup
+    from luthier.run import Run
+    from luthier.train.sampler import Bundles
+    from luthier.train.trainer import Trainer
+
+log = get_logger("fit")
+
+
+def load_data(run: Run, *, seed: int) -> tuple[Any, Prepared]:
+    """The tokenizer, and the rows as the stage wants them: read, encoded, mixed and split."""
+    from luthier.data.encode import prepare
+    from luthier.data.template import make_renderer
+    from luthier.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(run.model)
+    renderer = make_renderer(run.template, tokenizer)
+    run.objective.start(renderer)
+    data = prepare(run.data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
+    log.info("%s", data.report)
+    return tokenizer, data
+
+
+def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
+    """Encoded examples, one a row, or with packing as many as fit."""
+    from luthier.train.rows import bundle
+
+    return bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len, complete=run.objective.complete)
+
+
+def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **parts: Any) -> Trainer:
+    """The Trainer of a run. parts: data sets, collator, callbacks, as `Trainer` takes them."""
+    import transformers
+
+    from luthier.train.trainer import Trainer
+
+    trainer = Trainer(
+        setup=setup,
+        objective=run.objective,
+        args=args,
+        shuffle=not run.train.disable_shuffling,
+        accuracy=run.train.compute_accuracy,
+        effective=run.train.include_effective_tokens_per_second,
+        processing_class=tokenizer,
+        **parts,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> PolicySetup:
+    """The model with the head and the reference its objective asks for."""
+    from luthier.model import heads
+    from luthier.model.policy import PolicySetup
+    from luthier.model.reference import make_reference, without_dropout
+    from luthier.serving import head_folder
+
+    objective, head = run.objective, None
+    if objective.head is not None:
+        head = heads.attach(model, objective.head, objective.config, seed=args.seed)
+        source = head_folder(run)
+        if source is not None:
+            heads.load(head, objective.head, source)
+            log.info("The %s head of %s is taken up.", objective.head, source)
+    setup = PolicySetup(model, head=head)
+    if "reference" in objective.frozen:
+        # With dropout in the policy its first step would already differ from the reference (TRL switches it off too).
+        silenced = without_dropout(model)
+        if silenced:
+            log.info("Dropout is off in %d modules: the policy is compared with its reference.", silenced)
+        setup.reference = make_reference(run.reference, setup, run.model, dtype=weights(run, args))
+    else:
+        for key in ("ref_model", "ref_model_adapters", "precompute_reference"):
+            if run.keys.get(key):
+                log.warning("%s has no effect: stage %s compares with no reference model.", key, run.stage)
+    return setup
+
+
+def weights(run: Run, args: transformers.TrainingArguments) -> Any:
+    """The number format the model is loaded in: what is trained whole stays float32 unless `pure_bf16`.
+
+    Under bf16 the frozen base of an adapter is kept in bfloat16; the adapter itself is float32.
+    """
+    import torch
+
+    from luthier.core.registry import find
+
+    frozen_base = find("adapters", run.adapter.finetuning_type).IS_ADAPTER
+    return torch.bfloat16 if run.train.pure_bf16 or (args.bf16 and frozen_base) else torch.float32
