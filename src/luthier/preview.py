@@ -62,7 +62,7 @@ def _branch(path: Path, columns: Sequence[str]) -> dict[str, Any]:
         token if weight and i else -100 for i, (token, weight) in enumerate(zip(path.ids, path.weights))
     ]
     for name in columns:
-        values = path.columns[name]
+        values = path.column(name)
         labels = [None if math.isnan(value) else value for value in values]
     score = None if math.isnan(path.score) else path.score
     return {"name": path.name, "input_ids": path.ids, "labels": labels, "score": score}

@@ -179,7 +179,8 @@ def test_columns_and_numbers_beside_the_answers(home):
     (path,) = encoded.paths
     assert encoded.extra == {"margin": 0.25}
     assert path.score == 2.0
-    assert set(path.columns) == {"value"}
+    assert set(path.columns) == {"value", "other"}
+    assert np.isnan(path.columns["other"]).all()
     assert np.isnan(path.columns["value"][0])
     assert path.columns["value"][1:] == [0.5 * i for i in range(1, len(path.ids))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,16 @@ class Batch:
     segments: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     """(start, stop, ancestors) of each unbranched run of a single-row layout; ancestors are the indices of the runs
     above it, root first. Empty for padded rows."""
+    block: Tensor | None = None
+    """int64 [R, T]: tokens with the same number see one another in both directions; -1: none. None: no such tokens."""
     layout: str = "padded"
     """padded | packed | shared: how the rows were made."""
     names: tuple[str, ...] = ()
     """[G] where each group came from, for messages: file and row."""
+    extras: tuple[Mapping[str, Any], ...] = ()
+    """[G] what each group's `Encoded.extra` says."""
+    hidden: Tensor | None = None
+    """[E, H] hidden states at the supervised tokens, where they were computed beforehand (see `model/head_only.py`)."""
     tokens: int = 0
     """Tokens computed, without padding."""
     unshared: int = 0

@@ -13,8 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
+
+from luthier.core.types import Path
 
 Ints = np.ndarray
 
@@ -73,14 +76,19 @@ class Tree:
         return starts, np.append(starts[1:], len(self))
 
 
-def grow(paths: Sequence[Sequence[int]]) -> tuple[Tree, list[Ints]]:
-    """Insert sequences into a trie.
+def grow_paths(paths: Sequence[Path]) -> tuple[Tree, list[Ints]]:
+    """`grow` for paths, whose blocks stay their own."""
+    return grow([path.ids for path in paths], [path.block for path in paths])
+
+
+def grow(paths: Sequence[Sequence[int]], own: Sequence[int | None] = ()) -> tuple[Tree, list[Ints]]:
+    """Insert sequences into a trie; from index `own[p]` on, path p shares nothing (None: it shares what it can).
 
     Returns the tree and, for each path, the node of each of its tokens (int [len(path)], root first), so that
     `tree.ids[nodes[p]]` is path p again. Children keep the order in which they first appeared.
     """
     root = _Run(np.zeros(0, np.int32))
-    tails = [root.insert(np.asarray(path, np.int32)) for path in paths]
+    tails = [root.add(np.asarray(path, np.int32), alone) for path, alone in zip_longest(paths, own)]
     ids: list[Ints] = []
     parent: list[Ints] = []
     total = 0
@@ -129,16 +137,26 @@ def forest(trees: Sequence[Tree]) -> tuple[Tree, list[int]]:
 class _Run:
     """A piece of a trie without branches; mutable only while it grows. Its last token never changes."""
 
-    def __init__(self, ids: Ints):
+    def __init__(self, ids: Ints, alone: bool = False):
         self.ids = ids
+        self.alone = alone
+        """No other sequence comes in here."""
         self.children: list[_Run] = []
         self.start = -1
+
+    def add(self, path: Ints, alone: int | None) -> _Run:
+        """Insert a sequence whose tokens from `alone` on are its own; returns the run that ends where it ends."""
+        above = self.insert(path[:alone])
+        if alone is None or alone >= len(path):
+            return above
+        above.children.append(_Run(path[alone:], alone=True))
+        return above.children[-1]
 
     def insert(self, path: Ints) -> _Run:
         """Add a sequence below this run; returns the run that ends where the sequence ends."""
         here: _Run = self
         while len(path):
-            slot = next((i for i, child in enumerate(here.children) if child.ids[0] == path[0]), None)
+            slot = next((i for i, c in enumerate(here.children) if c.ids[0] == path[0] and not c.alone), None)
             if slot is None:
                 here.children.append(_Run(path))
                 return here.children[-1]

@@ -5,7 +5,7 @@ row (a dict)  --format-->  Example  --objective.encode-->  Encoded  --layout--> 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,13 @@ class Path:
     score: float = NAN
     columns: Mapping[str, list[float]] = field(default_factory=dict)
     """Per-token values an objective declared beyond labels; NaN where there is nothing."""
+    block: int | None = None
+    """From this token on all tokens of the path see one another, also those after them, and are no other path's;
+    None: every token sees what comes before it."""
+
+    def column(self, name: str) -> Sequence[float]:
+        """A declared column, one value per token; NaN everywhere where the path does not bring it."""
+        return self.columns.get(name, [NAN] * len(self.ids))
 
 
 ASIDE = "aside:"
@@ -77,8 +84,8 @@ class Encoded:
     paths: tuple[Path, ...]
     truncated: int = 0
     """Tokens cut away to fit `cutoff_len`, over all paths."""
-    extra: Mapping[str, float] = field(default_factory=dict)
-    """Per-example numbers the objective wants beside the answers' scores."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the objective wants to know about the example beside its paths, as JSON can hold it."""
 
 
 @dataclass(frozen=True, slots=True)

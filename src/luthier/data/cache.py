@@ -27,7 +27,7 @@ from luthier.data.store import ITEMS, META
 
 log = get_logger("data")
 
-VERSION = 1
+VERSION = 2
 """Raised when stored data change their shape."""
 
 

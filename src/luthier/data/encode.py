@@ -18,9 +18,10 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.core.registry import find
-from luthier.data.cache import Printed, cached, key_of, sha, shared_parts, source_parts
+from luthier.data.cache import Printed, cached, digest, key_of, sha, shared_parts, source_parts
 from luthier.data.encoder import Job, encode_source, stage_of, trains_tokens
-from luthier.data.files import open_source
+from luthier.data.files import Jsonl, open_source
+from luthier.data.groups import join_of, leaders, open_groups, sibling_of
 from luthier.data.info import guess, sources
 from luthier.data.mix import Pairs, mix, select, split
 from luthier.data.report import DataReport, Tally
@@ -52,7 +53,11 @@ class _Ready:
     job: Job
     weight: float | None
     chosen: np.ndarray
-    """int64: the rows that are used, as ordinals, perhaps repeated."""
+    """int64: the rows that are used, as ordinals, perhaps repeated; of rows that belong together, their leaders."""
+    used: np.ndarray
+    """int64: every row that is encoded, ascending."""
+    leaders: np.ndarray | None
+    """int64: the leader of each of them, where rows belong together."""
     shared: Mapping[str, str]
     """What decides every store's content in this run."""
     parts: Mapping[str, str]
@@ -127,20 +132,30 @@ def _open(source: Source, objective: Objective, renderer: Printed, cutoff_len: i
     """Open the files of a data set and settle its format by its first row."""
     files = tuple(open_source(source))
     first = next(file for file in files if len(file)).take([0])[0]
-    return Job(guess(first, source, files[0].path), files, objective, renderer, cutoff_len)
+    source = guess(first, source, files[0].path)
+    assert source.format is not None
+    join = join_of(find("formats", source.format))
+    groups = None if join is None else open_groups(join, files, source.place)
+    return Job(source, files, objective, renderer, cutoff_len, groups)
 
 
 def _choose(job: Job, source: Source, config: DataConfig, shared: Mapping[str, str], seed: int) -> _Ready:
     """Choose the rows that are used, look at the first of them, and say what decides their encoding."""
     rows = sum(map(len, job.files))
     chosen = select(rows, max_samples=config.max_samples, num_samples=source.num_samples, seed=seed)
-    used = np.unique(chosen)
+    used, first_leaders = np.unique(chosen), None
+    if job.groups is not None:
+        first_leaders = leaders(job.files, job.groups.join.key, used)
+        chosen = np.array(list(dict.fromkeys(first_leaders[np.searchsorted(used, chosen)].tolist())), np.int64)
     _probe(job, used[:PROBED])
     assert job.source.format is not None
     parts = source_parts(job.source, job.files, inspect.getfile(find("formats", job.source.format)))
+    if job.groups is not None:
+        siblings = dict.fromkeys(sibling_of(job.groups.join, file) for file in job.files)
+        parts |= {f"sibling {nth + 1}": digest(Jsonl(path)) for nth, path in enumerate(siblings)}
     if len(used) < rows:
         parts["rows"] = sha(used.tobytes().hex())
-    return _Ready(job, source.weight, chosen, dict(shared), parts)
+    return _Ready(job, source.weight, chosen, used, first_leaders, dict(shared), parts)
 
 
 def _probe(job: Job, ordinals: np.ndarray) -> None:
@@ -186,7 +201,8 @@ def _encode(ready: _Ready, config: DataConfig) -> Store:
     def build(folder: Path) -> None:
         tally = encode_source(
             job,
-            np.unique(ready.chosen),
+            ready.used,
+            ready.leaders,
             folder,
             batch_size=config.preprocessing_batch_size,
             workers=config.preprocessing_num_workers or 1,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from luthier.core.registry import find
 from luthier.core.types import Encoded, Example
 from luthier.data.cache import Printed, interactive
 from luthier.data.files import File, Row
+from luthier.data.groups import Groups
 from luthier.data.report import Tally
 from luthier.data.source import BadRow, Columns, Source
 from luthier.data.store import ITEMS, Origin, supervised, table, write
@@ -53,6 +54,8 @@ class Job:
     objective: Objective
     renderer: Printed
     cutoff_len: int
+    groups: Groups | None = None
+    """Of a format whose rows belong together."""
 
     @property
     def columns(self) -> Columns:
@@ -68,7 +71,12 @@ class Job:
             mine = ordinals[(ordinals >= first) & (ordinals < ends[nth])]
             for ordinal, row in zip(mine.tolist(), file.take((mine - first).tolist())):
                 number = file.number(ordinal - first)
-                yield Origin(ordinal, nth, number), f"{file.path}:{number}", row
+                place = f"{file.path}:{number}"
+                yield (
+                    Origin(ordinal, nth, number),
+                    place,
+                    row if self.groups is None else self.groups.merged(row, nth, place),
+                )
 
     def read(self, row: Row) -> Example:
         """A row as an Example with as many answers as the stage can take; raises BadRow, DataError for too many."""
@@ -81,7 +89,7 @@ class Job:
             names = ", ".join(answer.name for answer in example.answers)
             raise DataError(
                 f"data set {self.source.name!r} brings {_answers(len(example.answers))} a row ({names}), and stage "
-                f"{stage_of(self.objective)} takes {most if most == fewest else f'{fewest} to {most}'}. Choose the "
+                f"{stage_of(self.objective)} takes {_range(fewest, most)}. Choose the "
                 "stage that this data set is meant for"
                 + (", or take `ranking: true` away from the data set." if self.columns.ranking else ".")
             )
@@ -116,8 +124,9 @@ def trains_tokens(objective: Objective) -> bool:
     return objective.head is None and not objective.columns
 
 
-def encode_rows(job: Job, ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Tally]:
+def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     """One batch of rows, encoded, and what was counted."""
+    ordinals, leaders = chunk
     tally, read = Tally(rows=len(ordinals)), []
     columns: dict[str, None] = {}
     for origin, place, row in job.rows(ordinals):
@@ -143,6 +152,8 @@ def encode_rows(job: Job, ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Ta
         cut = sum(encoded.truncated for encoded in found)
         tally.truncated_rows += cut > 0
         tally.truncated_tokens += cut
+    if leaders is not None:
+        items, tally.idle_rows = _gather(job, items, dict(zip(ordinals.tolist(), leaders.tolist())))
     batch = table(items, job.objective.columns)
     tally.items = len(items)
     tally.tokens, tally.path_tokens, tally.supervised = (
@@ -151,9 +162,50 @@ def encode_rows(job: Job, ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Ta
     return batch, tally
 
 
-def encode_source(job: Job, ordinals: np.ndarray, folder: Path, *, batch_size: int, workers: int) -> Tally:
+def _gather(
+    job: Job, items: Sequence[tuple[Origin, Encoded]], leaders: dict[int, int]
+) -> tuple[list[tuple[Origin, Encoded]], int]:
+    """The rows of each group as the stage trains them, under the origin of the group's first row that can be used.
+
+    Also the number of rows that are as they should be and bring nothing to train.
+    """
+    groups: dict[int, list[tuple[Origin, Encoded]]] = {}
+    for origin, encoded in items:
+        groups.setdefault(leaders[origin.row], []).append((origin, encoded))
+    found: list[tuple[Origin, Encoded]] = []
+    for leader, members in sorted(groups.items()):
+        # A group is found under its leader, also where that row itself cannot be used.
+        first = replace(members[0][0], row=leader)
+        trees = job.objective.gather([encoded for _, encoded in members])
+        found += [(first, encoded) for encoded in trees]
+    return found, sum(not encoded.paths for _, encoded in items)
+
+
+Chunk = tuple[np.ndarray, np.ndarray | None]
+"""Ordinals of rows, ascending; and the leader of each, where rows belong together."""
+
+
+def _chunks(ordinals: np.ndarray, leaders: np.ndarray | None, size: int) -> list[Chunk]:
+    """At most `size` rows each, groups kept whole, in the order of the groups."""
+    if leaders is None:
+        return [(ordinals[at : at + size], None) for at in range(0, len(ordinals), size)]
+    order = np.argsort(leaders, kind="stable")
+    begins = np.flatnonzero(np.diff(leaders[order], prepend=-1))
+    ends = [*begins[1:].tolist(), len(order)]
+    chunks, start = [], 0
+    for nth, end in enumerate(ends):
+        if nth + 1 == len(ends) or ends[nth + 1] - start > size:
+            mine = np.sort(order[start:end])
+            chunks.append((ordinals[mine], leaders[mine]))
+            start = end
+    return chunks
+
+
+def encode_source(
+    job: Job, ordinals: np.ndarray, leaders: np.ndarray | None, folder: Path, *, batch_size: int, workers: int
+) -> Tally:
     """Encode rows into `folder`; the same bytes for any number of workers."""
-    chunks = [ordinals[at : at + batch_size] for at in range(0, len(ordinals), batch_size)]
+    chunks = _chunks(ordinals, leaders, batch_size)
     total = Tally()
 
     def batches(encoded: Iterable[tuple[pyarrow.RecordBatch, Tally]]) -> Iterator[pyarrow.RecordBatch]:
@@ -190,8 +242,8 @@ def _start_worker(job: Job) -> None:
     _job[:] = [job]
 
 
-def _work(ordinals: np.ndarray) -> tuple[pyarrow.RecordBatch, Tally]:
-    return encode_rows(_job[0], ordinals)
+def _work(chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
+    return encode_rows(_job[0], chunk)
 
 
 def _progress(
@@ -221,6 +273,12 @@ def _texts(renderer: Warm, example: Example) -> list[str]:
 
 def _named(place: str, bad: BadRow) -> str:
     return f"{place} ({bad.detail})" if bad.detail else place
+
+
+def _range(fewest: int, most: int) -> str:
+    if most == 0:
+        return "none: it reads data sets of another format"
+    return str(most) if most == fewest else f"{fewest} to {most}"
 
 
 def _answers(count: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.core.tree import Tree, forest, grow
+from luthier.core.tree import Tree, forest, grow_paths
 from luthier.core.types import ASIDE, Encoded, Path
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _units(encoded: Sequence[Encoded], layout: str) -> list[_Unit]:
         numbered = [(answer + i, path) for i, path in enumerate(example.paths)]
         answer += len(numbered)
         for together in [numbered] if layout == "shared" else [[one] for one in numbered]:
-            tree, nodes = grow([path.ids for _, path in together])
+            tree, nodes = grow_paths([path for _, path in together])
             units.append(_Unit(tree, tuple((n, path, at) for (n, path), at in zip(together, nodes))))
     return units
 
@@ -103,6 +103,7 @@ class _Assembly:
         from luthier.core.batch import Batch
 
         ids, position, end, parent = self._token_arrays()
+        block = self._blocks()
         edges = self._edge_arrays()
         target, edge = np.unique(edges["node"], return_inverse=True)
         counts = [len(encoded.paths) for encoded, _ in self.items]
@@ -126,9 +127,11 @@ class _Assembly:
             worse=as_tensor(worse),
             aside=aside,
             columns={name: as_tensor(edges[name]) for name in self.columns},
-            segments=_segments(self.trees[0]) if self.layout != "padded" and self.trees else (),
+            segments=_segments(self.trees[0], block[0]) if self.layout != "padded" and self.trees else (),
+            block=as_tensor(block) if (block >= 0).any() else None,
             layout=self.layout,
             names=tuple(name for _, name in self.items),
+            extras=tuple(encoded.extra for encoded, _ in self.items),
             tokens=sum(len(tree) for tree in self.trees),
             unshared=sum(len(path.ids) for e, _ in self.items for path in e.paths),
         )
@@ -147,6 +150,16 @@ class _Assembly:
             parent[row, :n] = np.where(tree.parent < 0, -1, tree.parent + row * self.width)
         return ids, position, end, parent
 
+    def _blocks(self) -> np.ndarray:
+        """int64 [R, T]: the number of the block each token is in, -1 outside of all."""
+        block = np.full((max(len(self.rows), 1), self.width), -1, np.int64)
+        for row, (units, offsets) in enumerate(zip(self.rows, self.offsets)):
+            for unit, offset in zip(units, offsets):
+                for n, path, at in unit.answers:
+                    if path.block is not None:
+                        block[row, at[path.block :] + offset] = n
+        return block
+
     def _edge_arrays(self) -> dict[str, np.ndarray]:
         node, answer, weight = [], [], []
         columns: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
@@ -163,13 +176,13 @@ class _Assembly:
                     weight.append(weights[chosen])
                     last[n] = flat[-1]
                     for name, values in columns.items():
-                        values.append(np.asarray(path.columns[name])[chosen])
+                        values.append(np.asarray(path.column(name))[chosen])
         return {
             "node": _join(node, np.int64),
             "answer": _join(answer, np.int64),
             "weight": _join(weight, np.float64),
             "last": last,
-        } | {name: _join(values, np.float32) for name, values in columns.items()}
+        } | {name: np.concatenate(values) if values else np.zeros(0) for name, values in columns.items()}
 
 
 def _pairs(group: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,9 +194,11 @@ def _join(arrays: list[np.ndarray], dtype) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
-def _segments(tree: Tree) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    """(start, stop, indices of the runs above it) of every unbranched run, in order."""
-    starts, stops = (bound.tolist() for bound in tree.segments)
+def _segments(tree: Tree, block: np.ndarray) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """(start, stop, indices of the runs above it) of every unbranched run, in order; a block begins a run."""
+    begins = np.flatnonzero(np.diff(block[: len(tree)], prepend=-1))
+    bounds = np.union1d(tree.segments[0], begins)
+    starts, stops = bounds.tolist(), [*bounds[1:].tolist(), len(tree)]
     above: list[tuple[int, ...]] = []
     for index, start in enumerate(starts):
         parent = int(tree.parent[start])

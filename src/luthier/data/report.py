@@ -14,6 +14,9 @@ SHOWN = 3
 """How many rows are named for each reason."""
 
 
+COUNTS = ("rows", "items", "truncated_rows", "truncated_tokens", "tokens", "path_tokens", "supervised", "idle_rows")
+
+
 @dataclass
 class Bad:
     """Rows that cannot be used for one reason."""
@@ -37,6 +40,8 @@ class Tally:
     path_tokens: int = 0
     """As a plain computation sees them: every answer with its whole prompt."""
     supervised: int = 0
+    idle_rows: int = 0
+    """Rows that are as they should be and bring nothing to train, such as rounds in which every draft token matched."""
     bad: dict[str, Bad] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     """Every column seen, in order of appearance."""
@@ -55,7 +60,7 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Count what another part of the same data set counted."""
-        for name in ("rows", "items", "truncated_rows", "truncated_tokens", "tokens", "path_tokens", "supervised"):
+        for name in COUNTS:
             vars(self)[name] += vars(other)[name]
         for reason, bad in other.bad.items():
             mine = self.bad.setdefault(reason, Bad())
@@ -114,6 +119,11 @@ class DataReport:
             Text(f"{name}: {bad.count:,} rows: {reason}: {'; '.join(bad.first)}{' ...' * (bad.count > len(bad.first))}")
             for name, tally in self.sets.items()
             for reason, bad in tally.bad.items()
+        ]
+        lines += [
+            Text(f"{name}: {tally.idle_rows:,} rows are in order and bring nothing to train")
+            for name, tally in self.sets.items()
+            if tally.idle_rows
         ]
         held = ", ".join(f"{count:,}{f' in {name}' if name else ''}" for name, count in self.eval.items())
         ends = f"Training on {self.train:,} examples" + (f", evaluating on {held}." if held else ".")

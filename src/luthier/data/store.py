@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.core.tree import grow
+from luthier.core.tree import grow_paths
 from luthier.core.types import Column, Encoded
 from luthier.core.types import Path as TokenPath
 
@@ -42,19 +42,27 @@ def table(items: Sequence[tuple[Origin, Encoded]], columns: Sequence[Column]) ->
 
     for _, encoded in items:
         _check(encoded, columns)
+    names = [column.name for column in columns]
     paths = [encoded.paths for _, encoded in items]
+    # What a path has in common with the one before it is stored once: hundreds may leave one long trunk.
+    kept = [[_common(each, nth, names) for nth in range(len(each))] for each in paths]
+
+    def rest(values: Callable[[TokenPath], Sequence[float]], kind: pyarrow.DataType) -> pyarrow.Array:
+        return _nested([[values(p)[k:] for p, k in zip(each, start)] for each, start in zip(paths, kept)], kind)
+
     fields: dict[str, Any] = {
-        "ids": _nested([[path.ids for path in each] for each in paths], pa.int32()),
-        "weights": _nested([[path.weights for path in each] for each in paths], pa.float32()),
+        "kept": pa.array(kept, pa.list_(pa.int32())),
+        "ids": rest(lambda path: path.ids, pa.int32()),
+        "weights": rest(lambda path: path.weights, pa.float32()),
         "names": pa.array([[path.name for path in each] for each in paths], pa.list_(pa.string())),
         "scores": pa.array([[path.score for path in each] for each in paths], pa.list_(pa.float64())),
+        "blocks": pa.array([[path.block for path in each] for each in paths], pa.list_(pa.int32())),
         "truncated": pa.array([encoded.truncated for _, encoded in items], pa.int64()),
         "extra": pa.array([json.dumps(dict(encoded.extra)) for _, encoded in items], pa.string()),
     }
     for column in columns:
         kind = pa.from_numpy_dtype(np.dtype(column.dtype))
-        values = [[path.columns.get(column.name) for path in each] for each in paths]
-        fields[f"column:{column.name}"] = pa.array(values, pa.list_(pa.list_(kind)))
+        fields[f"column:{column.name}"] = rest(lambda path, name=column.name: path.column(name), kind)
     counts = np.array([(o.row, o.file, o.number, *_measure(e)) for o, e in items], np.int64).reshape(-1, len(NUMBERS))
     fields |= {name: pa.array(counts[:, nth]) for nth, name in enumerate(NUMBERS)}
     return pa.RecordBatch.from_pydict(fields)
@@ -118,18 +126,19 @@ class Store:
         which = int(np.searchsorted(self._ends, item, side="right"))
         batch = self._batches[which]
         at = item - (int(self._ends[which - 1]) if which else 0)
-        ids = _lists(batch.column("ids"), at)
-        weights = _lists(batch.column("weights"), at)
+        kept = batch.column("kept")[at].as_py()
+        ids = _lists(batch.column("ids"), at, kept)
+        weights = _lists(batch.column("weights"), at, kept)
         names = batch.column("names")[at].as_py()
         scores = batch.column("scores")[at].as_py()
+        blocks = batch.column("blocks")[at].as_py()
         columns: list[dict[str, list[float]]] = [{} for _ in ids]
         for name in batch.schema.names:
             if name.startswith("column:"):
-                for path, values in zip(columns, batch.column(name)[at].as_py()):
-                    if values is not None:
-                        path[name.removeprefix("column:")] = values
+                for path, values in zip(columns, _lists(batch.column(name), at, kept)):
+                    path[name.removeprefix("column:")] = values
         return Encoded(
-            tuple(TokenPath(*parts) for parts in zip(ids, weights, names, scores, columns)),
+            tuple(TokenPath(*parts) for parts in zip(ids, weights, names, scores, columns, blocks)),
             batch.column("truncated")[at].as_py(),
             json.loads(batch.column("extra")[at].as_py()),
         )
@@ -209,18 +218,36 @@ def _nested(values: Sequence[Sequence[Sequence[float]]], kind: pyarrow.DataType)
     return pa.ListArray.from_arrays(outer, lists)
 
 
-def _lists(column: pyarrow.ListArray, at: int) -> list[list[Any]]:
-    """One row of list<list<number>>, without making a Python object of Arrow's for every number."""
+def _common(paths: Sequence[TokenPath], nth: int, columns: Sequence[str]) -> int:
+    """How many leading tokens of a path are as in the path before it: ids, weights and columns."""
+    if not nth:
+        return 0
+    before, path = paths[nth - 1], paths[nth]
+    n = min(len(before.ids), len(path.ids))
+    pairs = [(before.ids, path.ids), (before.weights, path.weights)]
+    for a, b in [*pairs, *((before.column(name), path.column(name)) for name in columns)]:
+        one, other = np.asarray(a[:n]), np.asarray(b[:n])
+        differs = np.flatnonzero((one != other) & ~((one != one) & (other != other)))  # NaN is as NaN here
+        n = int(differs[0]) if len(differs) else n
+    return n
+
+
+def _lists(column: pyarrow.ListArray, at: int, kept: Sequence[int]) -> list[list[Any]]:
+    """One row of list<list<number>>, each list after the first `kept` numbers of the one before it."""
     inner = column.values
     first, last = column.offsets[at].as_py(), column.offsets[at + 1].as_py()
     edges = inner.offsets.slice(first, last - first + 1).to_numpy()
     flat = inner.values.slice(edges[0], edges[-1] - edges[0]).to_numpy()
-    return [flat[a - edges[0] : b - edges[0]].tolist() for a, b in zip(edges[:-1], edges[1:])]
+    found: list[list[Any]] = []
+    for a, b, common in zip(edges[:-1], edges[1:], kept):
+        rest = flat[a - edges[0] : b - edges[0]].tolist()
+        found.append([*found[-1][:common], *rest] if common else rest)
+    return found
 
 
 def _measure(encoded: Encoded) -> tuple[int, int, int, int, int]:
     lengths = [len(path.ids) for path in encoded.paths]
-    shared = len(grow([path.ids for path in encoded.paths])[0]) if len(lengths) > 1 else sum(lengths)
+    shared = len(grow_paths(encoded.paths)[0]) if len(lengths) > 1 else sum(lengths)
     return len(lengths), shared, sum(lengths), max(lengths, default=0), sum(supervised(path) for path in encoded.paths)
 
 

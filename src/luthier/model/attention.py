@@ -42,20 +42,27 @@ class Plan:
     end: Tensor
     """int64 [R, T]"""
     segments: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    block: Tensor | None = None
+    """int64 [R, T] or None: see `Batch.block`."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Masks by window, shared by the layers of one forward pass."""
 
     def mask(self, window: int | None) -> Tensor:
         """bool [R, 1, T, T], True where a query may look."""
         if window not in self.cache:
-            self.cache[window] = tree_mask(self.position, self.end, window)
+            self.cache[window] = tree_mask(self.position, self.end, window, self.block)
         return self.cache[window]
 
 
-def tree_mask(position: Tensor, end: Tensor, window: int | None = None) -> Tensor:
-    """bool [R, 1, T, T] from position and end, int64 [R, T]: the rule; a window keeps the nearest `window` depths."""
+def tree_mask(position: Tensor, end: Tensor, window: int | None = None, block: Tensor | None = None) -> Tensor:
+    """bool [R, 1, T, T] from position and end, int64 [R, T]: the rule; a window keeps the nearest `window` depths.
+
+    block: int64 [R, T], tokens of one block see one another whatever their order.
+    """
     index = torch.arange(end.shape[1], device=end.device)
     sees = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < end[:, None, :])
+    if block is not None:
+        sees |= (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)
     if window is not None:
         sees &= position[:, :, None] - position[:, None, :] < window
     return sees[:, None]
@@ -65,12 +72,12 @@ def choose(batch: Batch, *, backend: str | None = None) -> Plan:
     """The plan for a batch: the cheapest exact way, or `backend` if the caller insists."""
     if backend is None:
         backend = _cheapest(batch)
-    return Plan(backend, batch.position, batch.end, batch.segments)
+    return Plan(backend, batch.position, batch.end, batch.segments, batch.block)
 
 
 def _cheapest(batch: Batch) -> str:
     if batch.layout == "padded":
-        return "plain"
+        return "plain" if batch.block is None else "flex" if batch.ids.is_cuda else "dense"
     if batch.ids.is_cuda:
         return "flex"
     dense = batch.ids.shape[1] ** 2
@@ -172,13 +179,14 @@ def _segments(plan: Plan, query, key, value, scale, dropout, window):
     # `split` keeps one backward node for all runs; slicing would make a full-size gradient for each of them.
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     pieces = []
+    mutual = [plan.block is not None and bool(plan.block[0, start] >= 0) for start, _, _ in plan.segments]
     for index, (_, _, ancestors) in enumerate(plan.segments):
         above = sum(lengths[a] for a in ancestors)
         seen = (*ancestors, index)
         k = torch.cat([keys[s] for s in seen], 2) if ancestors else keys[index]
         v = torch.cat([values[s] for s in seen], 2) if ancestors else values[index]
-        plain = not ancestors and (window is None or lengths[index] <= window)
-        mask = None if plain else _run_mask(plan, lengths[index], above, window)
+        plain = not mutual[index] and not ancestors and (window is None or lengths[index] <= window)
+        mask = None if plain else _run_mask(plan, lengths[index], above, window, mutual[index])
         pieces.append(
             F.scaled_dot_product_attention(
                 queries[index], k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=plain
@@ -187,15 +195,17 @@ def _segments(plan: Plan, query, key, value, scale, dropout, window):
     return torch.cat(pieces, 2)
 
 
-def _run_mask(plan: Plan, length: int, above: int, window: int | None) -> Tensor:
-    """bool [length, above + length]: a run of `length` tokens below `above` others, causal, within the window."""
-    name = (length, above, window)
+def _run_mask(plan: Plan, length: int, above: int, window: int | None, mutual: bool) -> Tensor:
+    """bool [length, above + length]: a run of `length` tokens below `above` others, causal (or, mutual, seeing itself
+    both ways), within the window."""
+    name = (length, above, window, mutual)
     if name not in plan.cache:
         device = plan.end.device
         distance = torch.arange(above, above + length, device=device)[:, None] - torch.arange(
             above + length, device=device
         )
-        plan.cache[name] = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        seen = (distance >= 0) | mutual
+        plan.cache[name] = seen if window is None else seen & (distance < window)
     return plan.cache[name]
 
 
@@ -206,10 +216,12 @@ def _flex(plan: Plan, query, key, value, scale, dropout, window):
 
     name = ("block", window)
     if name not in plan.cache:
-        end, position = plan.end, plan.position
+        end, position, block = plan.end, plan.position, plan.block
 
         def rule(row, head, q, k):
             sees = (k <= q) & (q < end[row, k])
+            if block is not None:
+                sees = sees | ((block[row, q] == block[row, k]) & (block[row, q] >= 0))
             return sees if window is None else sees & (position[row, q] - position[row, k] < window)
 
         rows, length = end.shape

@@ -216,18 +216,12 @@ class Trainer(transformers.Trainer):
         return self._survey([inputs["batch"] for inputs in dataloader]) if self.objective.surveys else {}
 
     @torch.no_grad()
-    def records(self, dataset: Bundles) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    def records(self, dataset: Bundles) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """What the objective records about each answer of a set: (where the example came from, one dict per answer)."""
         self.model.eval()
         for inputs in self._loader(dataset, self.args.eval_batch_size, shuffle=False):
             batch = inputs["batch"].to(self.args.device)
-            columns = {
-                name: values.tolist() for name, values in self.objective.record(self.setup.bind(), batch).items()
-            }
-            answers: list[list[dict[str, float]]] = [[] for _ in batch.names]
-            for answer, (group, score) in enumerate(zip(batch.group.tolist(), batch.score.tolist())):
-                answers[group].append({"score": score} | {name: values[answer] for name, values in columns.items()})
-            yield from zip(batch.names, answers)
+            yield from zip(batch.names, self.objective.rows(self.setup.bind(), batch))
 
     # Checkpoints: complete or absent.
 
@@ -285,7 +279,8 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             if head is not None and self.objective.head is not None:
                 facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
-                heads.save(head, self.objective.head, folder, facts)
+                own = self.objective.facts(self.processing_class)
+                heads.save(head, self.objective.head, folder, {**facts, **own})
             # A pickle of the arguments; the config files say the same in the open.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             for write in self.sidecars:
