@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core.batch import Batch
@@ -205,7 +206,9 @@ class ModelPolicy:
 
     def _score_chunk(self, head: nn.Module, smooth: bool, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         with self._setup.autocast():
-            logits = head(hidden)
+            # FSDP2 gathers the head with the final norm and keeps both until the backward pass; its hooks, which count
+            # the calls of such a group, would take this one for the next forward pass.
+            logits = head.forward(hidden) if isinstance(head, FSDPModule) else head(hidden)
         logits = shape_logits(self._setup.model.config, logits if logits.dtype == torch.float64 else logits.float())
         total = logits.logsumexp(-1)
         logp = logits.gather(-1, labels[:, None])[:, 0] - total
