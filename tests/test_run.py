@@ -310,8 +310,8 @@ def test_neat_packing_is_packing():
 
 def test_stage_owns_its_keys():
     assert resolve(BASE | {"train_on_prompt": True}).objective.config.train_on_prompt is True
-    run = resolve(BASE | {"stage": "pt", "mask_history": True})
-    assert run.stage == "pt" and "stage sft" in run.warnings[0]
+    run = resolve(BASE | {"stage": "pt", "pref_beta": 0.2})
+    assert run.stage == "pt" and "stage dpo and stage kto" in run.warnings[0]
 
 
 def test_a_plugins_stage_claims_its_keys(tmp_path, monkeypatch):

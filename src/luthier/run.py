@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.contradictions import TRAINS, contradictions
 from luthier.core import registry
 from luthier.core.compat import REFUSED, RENAMED
 from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
@@ -18,9 +19,9 @@ from luthier.core.errors import ConfigError
 from luthier.core.objective import Objective
 from luthier.train.config import TrainConfig, derive
 from luthier.train.keys import training_keys
-from luthier.train.sense import Complaint, complaints
 
 if TYPE_CHECKING:
+    from luthier.collect import CollectConfig
     from luthier.data.layout import LayoutConfig
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig
@@ -57,12 +58,16 @@ OWNERS: dict[str, str] = {
     "generate": "luthier.engines.sampling:GenerateConfig",
     "score": "luthier.engines.scoring:ScoreConfig",
     "speculate": "luthier.engines.drafting:SpeculateConfig",
+    "collect": "luthier.collect:CollectConfig",
     "export": "luthier.export:ExportConfig",
 }
 """Sections of a run and the dataclass that owns each one's keys."""
 
-TRAINS = ("train", "check")
-NEEDS_DATA = (*TRAINS, "preview")
+MEMBERS: dict[str, tuple[str, str, str]] = {
+    "adapter_keys": ("adapters", "finetuning_type", "adapter"),
+    "scorer_keys": ("scorers", "collect_scorer", "collect"),
+}
+"""Sections owned by the `Config` of one member of a family: the family, the key that names it, that key's section."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,9 @@ class Run:
     generate: GenerateConfig
     score: ScoreConfig
     speculate: SpeculateConfig
+    collect: CollectConfig
+    scorer_keys: Any
+    """The Config of scorers/COLLECT_SCORER.py."""
     export: ExportConfig
     plugins: str | None = None
     notes: tuple[str, ...] = ()
@@ -99,7 +107,7 @@ class Run:
         """The resolved configuration: every key with its value; `resolve` of it gives this run again."""
         defaults = {key.name: key.default for key in training_keys().values() if key.rule is None}
         parts = {"run": {"stage": self.stage, "plugins": self.plugins}, "objective": _values(self.objective.config)}
-        parts |= {name: _values(getattr(self, name)) for name in (*OWNERS, "adapter_keys") if name != "run"}
+        parts |= {name: _values(getattr(self, name)) for name in (*OWNERS, *MEMBERS) if name != "run"}
         parts["training"] = defaults | self.training
         return "\n".join(f"# {name}\n{dump(values)}" for name, values in parts.items() if values)
 
@@ -118,15 +126,14 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
     owners = [*_owners(), Owner("training", training_keys(), dict, "training")]
     if objective is not None:
         owners.append(owner("objective", objective.Config, f"stage {stage}"))
-    kind = given.values.get("finetuning_type", keys_of(load_owner(OWNERS["adapter"]))["finetuning_type"].default)
-    adapter = _member(given, "adapters", "finetuning_type", str(kind), misses)
-    if adapter is not None:
-        owners.append(owner("adapter_keys", adapter.Config, f"finetuning_type {kind}"))
+    for name, (family, key, section) in MEMBERS.items():
+        kind = str(given.values.get(key, keys_of(load_owner(OWNERS[section]))[key].default))
+        member = _member(given, family, key, kind, misses)
+        if member is not None:
+            owners.append(owner(name, member.Config, f"{key} {kind}"))
     settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED)
     settled.problems.extend(misses)
-    if {item.name for item in owners} <= {"model", *settled.sections}:
-        settled.problems.extend(_cross_check(given, settled, verb))
-        settled.problems.extend(_predicts(given, settled, stage, objective, verb))
+    settled.problems.extend(contradictions(given, settled, stage=stage, objective=objective, verb=verb))
     refuse(given.source, settled.problems)
     assert objective is not None
     return _finish(given, settled, objective, stage, verb)
@@ -182,61 +189,15 @@ def _elsewhere() -> dict[str, str]:
     for name in registry.names("objectives"):
         for key in keys_of(objective_in(registry.find("objectives", name)).Config):
             homes.setdefault(key, []).append(f"stage {name}")
-    for name in registry.names("adapters"):
-        for key in keys_of(registry.find("adapters", name).Config):
-            homes.setdefault(key, []).append(f"finetuning_type {name}")
+    for family, chooser, _ in MEMBERS.values():
+        for name in registry.names(family):
+            for key in keys_of(registry.find(family, name).Config):
+                homes.setdefault(key, []).append(f"{chooser} {name}")
     return {key: " and ".join(places) for key, places in homes.items()}
 
 
 def _place(given: Given, *keys: str) -> str:
     return next((given.places[key] for key in keys if key in given.places), given.source.name)
-
-
-def _cross_check(given: Given, settled: Settled, verb: str) -> Iterator[Problem]:
-    """Problems between keys, except where a key is already in doubt."""
-    suspects = settled.suspects()
-    for keys, text in [*_missing(settled.sections, verb), *_conflicts(settled.sections, verb)]:
-        if not suspects.intersection(keys):
-            yield Problem(keys[0], _place(given, *keys), text)
-
-
-def _predicts(
-    given: Given, settled: Settled, stage: str, objective: type[Objective] | None, verb: str
-) -> Iterator[Problem]:
-    """do_predict with a stage that has nothing to say about an answer."""
-    if verb not in TRAINS or objective is None or not settled.sections["training"].get("do_predict"):
-        return
-    if objective.record is Objective.record:
-        text = f"stage {stage} does not judge answers. To write answers to a file of prompts: luthier infer CONFIG."
-        yield Problem("do_predict", _place(given, "do_predict"), text)
-
-
-def _missing(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
-    if verb in TRAINS and not sections["training"].get("output_dir"):
-        yield ("output_dir",), "is not set. Say where the run is written, such as saves/my-first-run."
-    data = sections["data"]
-    if verb in NEEDS_DATA and not (data.dataset or data.eval_dataset or data.tokenized_path):
-        yield ("dataset",), "is not set. Name data sets of dataset_info.json, or a file."
-
-
-def _conflicts(sections: Mapping[str, Any], verb: str) -> Iterator[Complaint]:
-    layout, data, training = sections["layout"], sections["data"], sections["training"]
-    if layout.neat_packing and layout.packing is False:
-        yield ("packing", "neat_packing"), "packing is false, and neat_packing asks for it. Keep one of the two."
-    if layout.layout == "padded" and (layout.packing or layout.neat_packing):
-        yield ("layout", "packing", "neat_packing"), "padded means one answer per row, and packing several. Keep one."
-    adapter = sections["adapter"]
-    if adapter.adapter_name_or_path and adapter.finetuning_type != "lora":
-        text = f"adapters are loaded with finetuning_type: lora, and this run is {adapter.finetuning_type}."
-        yield ("adapter_name_or_path", "finetuning_type"), text
-    if verb not in TRAINS:
-        return
-    yield from complaints(training, sections["train"])
-    held_out = data.val_size or data.eval_dataset or data.tokenized_path
-    for key in ("eval_strategy", "do_eval", "eval_on_start", "do_predict"):
-        if training.get(key) not in (None, False, "no") and not held_out:
-            text = "asks for evaluation, but there are no rows for it. Set val_size or eval_dataset."
-            yield (key, "val_size", "eval_dataset"), text
 
 
 def _finish(given: Given, settled: Settled, objective: type[Objective], stage: str, verb: str) -> Run:

@@ -65,6 +65,16 @@ RENAMED: dict[str, Renamed] = {
     "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
     "push_to_hub_model_id": Renamed("hub_model_id"),
     "push_to_hub_token": Renamed("hub_token"),
+    # LLaMA-Factory called these so before its version 0.9.
+    "dpo_beta": Renamed("pref_beta"),
+    "dpo_ftx": Renamed("pref_ftx"),
+    "dpo_loss": Renamed("pref_loss"),
+    "orpo_beta": Renamed("pref_beta"),
+    "num_layer_trainable": Renamed("freeze_trainable_layers"),
+    "name_module_trainable": Renamed("freeze_trainable_modules"),
+    "lora_bf16_mode": Renamed("pure_bf16"),
+    "sft_packing": Renamed("packing"),
+    "cache_path": Renamed("tokenized_path"),
 }
 
 
@@ -119,6 +129,9 @@ LLAMA_FACTORY: dict[str, Refused] = {
     "upcast_layernorm": Refused((False,), "not supported; trainable weights are float32 unless pure_bf16"),
     "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
     "infer_backend": Refused(("huggingface", "hf"), "only huggingface is there yet"),
+    "visual_inputs": Refused((False,), _MULTIMODAL),
+    "train_mm_proj_only": Refused((False,), _MULTIMODAL),
+    "reserved_label_len": Refused((1,), "LLaMA-Factory dropped it; cutoff_len is shared by prompt and answer now"),
     "offload_folder": Refused(("offload",), "offloading weights to disk is not supported; leave the key out"),
     "use_kv_cache": Refused((True,), "generation always uses the cache; leave the key out"),
     "use_v1_kernels": Refused((False,), "not supported; leave the key out"),
@@ -139,6 +152,8 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_KT, use_kt=False, kt_config=None, kt_cpu_activation=None, kt_weight_path=None),
     **_group(_KT, kt_non_expert_weight_path=None, kt_expert_checkpoint_path=None, kt_use_lora_experts=None),
     **_group(_KT, kt_lora_expert_num=None, kt_lora_expert_intermediate_size=None),
+    **_group(_KT, kt_optimize_rule=None, cpu_infer=32, chunk_size=8192, mode="normal", kt_maxlen=4096),
+    **_group(_KT, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False),
     # adapters
     **_group(_PISSA, pissa_init=False, pissa_iter=16, pissa_convert=False),
     **_group(_LORAPLUS, loraplus_lr_ratio=None, loraplus_lr_embedding=1e-6),
@@ -164,6 +179,8 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),
     **_group(_SWANLAB, swanlab_lark_webhook_url=None, swanlab_lark_secret=None),
     **_group(_RAY, ray_num_workers=1, ray_init_kwargs=None, master_addr=None, master_port=None),
+    **_group(_RAY, ray_run_name=None, ray_storage_path="./saves", ray_storage_filesystem=None),
+    **_group(_RAY, resources_per_worker={"GPU": 1}, placement_strategy="PACK"),
     **_group(_PROFILER, enable_torch_profiler=False, profiler_output_dir=None, profiler_wait_steps=1),
     **_group(_PROFILER, profiler_warmup_steps=1, profiler_active_steps=1, profiler_repeat=1),
     **_group(_PROFILER, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True),
@@ -175,6 +192,11 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_MEGATRON, virtual_pipeline_model_parallel_size=None, sequence_parallel=False),
     **_group(_MEGATRON, use_distributed_optimizer=True, use_packed_sequences=False, mixed_precision="bf16_mixed"),
     **_group(_MEGATRON, megatron_pretrained_checkpoint=None, export_hf_on_finish=False, extra_config=None),
+    **_group(_MEGATRON, recompute_granularity=None, recompute_method=None, recompute_num_layers=None),
+    **_group(_MEGATRON, account_for_embedding_in_pipeline_split=None, account_for_loss_in_pipeline_split=None),
+    **_group(_MEGATRON, bias_activation_fusion=None, apply_rope_fusion=None, masked_softmax_fusion=None),
+    **_group(_MEGATRON, cross_entropy_loss_fusion=None, moe_grouped_gemm=None, moe_token_dispatcher_type=None),
+    **_group(_MEGATRON, calculate_per_token_loss=None, overlap_param_gather=True, overlap_grad_reduce=True),
     **_group(_EVALUATION, task=None, task_dir="evaluation", batch_size=4, lang="en", n_shot=5, save_dir=None),
     **_group(_EVALUATION, download_mode=None),
 }

@@ -48,7 +48,7 @@ class Owner:
     """The attribute of `Run` that it becomes."""
     keys: Mapping[str, Key]
     build: Callable[..., Any]
-    """Called with the keys the user gave, coerced; may raise ConfigError."""
+    """Called with the keys the user gave, coerced; may raise ConfigError, with one problem a line."""
     title: str = ""
     """How help and schema call it."""
 
@@ -72,6 +72,8 @@ class Settled:
     """What came through the gate."""
 
     sections: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    """Every owned key with the value given, or its default; also of sections that could not be built."""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -134,19 +136,21 @@ def settle(
     elsewhere: Callable[[], Mapping[str, str]] = dict,
     refused: Mapping[str, Refused] | None = None,
     renamed: Mapping[str, Renamed] | None = None,
+    extra: bool = False,
 ) -> Settled:
     """Hand each given key to its owner.
 
     elsewhere: asked only when needed, keys that belong to another stage or finetuning_type, with words for it.
-    refused: keys that are known and accept only some values yet. renamed: old names of owned keys.
+    refused: keys that are known and accept only some values yet. renamed: old names of owned keys. extra: keys that
+    nobody knows are a warning and no problem.
     """
-    gate = _Gate(given, owners, refused or {}, renamed or {})
+    gate = _Gate(given, owners, refused or {}, renamed or {}, extra)
     unknown = [key for key in gate.values if not gate.admit(key)]
     if unknown:
         foreign = elsewhere()
         for key in unknown:
             gate.turn_away(key, foreign)
-    return Settled(gate.build(), gate.problems, gate.warnings)
+    return Settled(gate.build(), gate.values_of_all(), gate.problems, gate.warnings)
 
 
 def refuse(source: Source, problems: Iterable[Problem]) -> None:
@@ -169,7 +173,9 @@ class _Gate:
         owners: Sequence[Owner],
         refused: Mapping[str, Refused],
         renamed: Mapping[str, Renamed],
+        extra: bool,
     ):
+        self.extra = extra
         self.given = given
         self.owners = owners
         self.refused = refused
@@ -224,14 +230,17 @@ class _Gate:
 
     def turn_away(self, key: str, foreign: Mapping[str, str]) -> None:
         """Say what a key is that no part of this run owns."""
-        if key in foreign:
-            if self.values[key] is None:
-                return
-            self.warnings.append(f"{self.at(key)}{key} belongs to {foreign[key]}; it has no effect in this run.")
+        home = foreign.get(self.renamed[key].new if key in self.renamed else key)
+        if home is not None:
+            if self.values[key] is not None:
+                self.warnings.append(f"{self.at(key)}{key} belongs to {home}; it has no effect in this run.")
             return
         mine = [name for owner in self.owners for name in owner.keys]
         near = get_close_matches(key, [*mine, *self.renamed, *foreign, *self.refused], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ". `luthier train --help` lists all keys"
+        if self.extra:
+            self.warnings.append(f"{self.at(key)}{key} has no effect: no such key{hint}")
+            return
         self.problems.append(Problem(key, self.place(key), f"no such key{hint}", near[0] if near else None))
 
     def build(self) -> dict[str, Any]:
@@ -246,8 +255,15 @@ class _Gate:
             try:
                 sections[owner.name] = owner.build(**self.accepted[owner.name])
             except ConfigError as error:
-                self.problems.append(self.blame(owner, str(error)))
+                self.problems += (self.blame(owner, line) for line in str(error).splitlines())
         return sections
+
+    def values_of_all(self) -> dict[str, Any]:
+        return {
+            key.name: self.accepted[owner.name].get(key.name, key.default)
+            for owner in self.owners
+            for key in owner.keys.values()
+        }
 
     def blame(self, owner: Owner, text: str) -> Problem:
         """A section's own complaint, put at the first key it names."""

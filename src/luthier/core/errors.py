@@ -11,6 +11,10 @@
 A message says what is wrong (with the value), where (file, line, row), what was expected, and how to mend it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class LuthierError(Exception):
     """Base of every error whose message is written for the user."""
@@ -18,6 +22,13 @@ class LuthierError(Exception):
 
 class ConfigError(LuthierError, ValueError):
     """The configuration cannot be run as it stands."""
+
+
+def refuse_all(complaints: Iterable[str]) -> None:
+    """Raise one ConfigError with every complaint on a line of its own, if there is any."""
+    lines = list(complaints)
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 class DataError(LuthierError, ValueError):

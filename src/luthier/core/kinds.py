@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ WORDS: dict[Any, str] = {
     dict: "a mapping",
     Any: "anything",
 }
+TRUE = ("true", "yes", "on", "1", "y", "t")
 PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a mapping": "mappings"}
 
 
@@ -26,8 +28,20 @@ def coerce(hint: Any, value: Any, spelling: str | None = None) -> Any:
 
     "4" and 4.0 are ints, "1e-4" is a float, "yes" is a bool, "a,b" is a list where a list is wanted; `true` is no
     number. Where text is wanted and YAML saw a number or a flag, `spelling` (the scalar as written) is the value:
-    `eval_strategy: no` is "no" and `model_revision: 1.10` is "1.10".
+    `eval_strategy: no` is "no" and `model_revision: 1.10` is "1.10". Infinity and NaN are no numbers.
     """
+    value = _coerce(hint, value, spelling)
+    if not _finite(value):
+        raise ValueError(f"{value!r} is not finite")
+    return value
+
+
+def is_true(value: Any) -> bool:
+    """Whether a flag that nobody has coerced yet says yes."""
+    return value is True or (isinstance(value, str) and value.strip().lower() in TRUE)
+
+
+def _coerce(hint: Any, value: Any, spelling: str | None) -> Any:
     adapter = _adapter(hint)
     if _exact(adapter, value):
         return adapter.validate_python(value, strict=True)
@@ -78,6 +92,14 @@ def _adapter(hint: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(hint)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, SEQUENCES) else True
 
 
 def _exact(adapter: Any, value: Any) -> bool:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.kinds import coerce
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
@@ -61,8 +61,7 @@ class DiscoRmConfig:
     """Which pairs of a ranking of more than two answers count: all of them, or the best against each of the others."""
 
     def __post_init__(self) -> None:
-        for message in _contradictions(self):
-            raise ConfigError(message)
+        refuse_all(_contradictions(self))
 
 
 def _contradictions(keys: DiscoRmConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
 
@@ -51,6 +51,9 @@ class DpoConfig:
     1, for the policy and the reference alike. Unset: all tokens count the same."""
     dpo_pairs: Literal["best", "all"] = "best"
     """Which pairs of a ranking of more than two answers count: the best against each of the others, or all of them."""
+
+    def __post_init__(self) -> None:
+        refuse_all(_complaints(self, KINDS[self.pref_loss]))
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,6 @@ class Dpo(Objective):
     def surveys(self):  # type: ignore[override]
         """Only for the losses that compare with a mean over the whole step."""
         return self.config.pref_loss == "kto_pair" or self.config.pref_bco_weight > 0
-
-    def start(self, renderer):
-        for message in _complaints(self.config, self.kind):
-            raise ConfigError(message)
 
     def encode(self, example, renderer, *, cutoff_len):
         return encode_answers(example, renderer, cutoff_len=cutoff_len)

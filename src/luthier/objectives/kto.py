@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.objective import Objective
 from luthier.core.types import ASIDE, Path
 from luthier.data.answers import encode_answers, prompt_length
@@ -40,6 +40,13 @@ class KtoConfig:
     pref_ftx: float = 0.0
     """Weight of an added SFT loss: minus the log-prob per token of the best answer; in kto, of the liked answers."""
 
+    def __post_init__(self) -> None:
+        weights = ("kto_chosen_weight", "kto_rejected_weight", "pref_ftx")
+        wrong = [f"{w}: {vars(self)[w]} is a weight and must be 0 or more." for w in weights if vars(self)[w] < 0]
+        if self.pref_beta <= 0:
+            wrong.append(f"pref_beta: {self.pref_beta} must be greater than 0.")
+        refuse_all(wrong)
+
 
 class Kto(Objective):
     """Trains on single answers with a thumb up (score above 0) or down. Metrics have the names TRL gives them."""
@@ -48,14 +55,6 @@ class Kto(Objective):
     answers = (1, 1)
     frozen = ("reference",)
     surveys = True
-
-    def start(self, renderer):
-        keys = self.config
-        if keys.pref_beta <= 0:
-            raise ConfigError(f"pref_beta: {keys.pref_beta} must be greater than 0.")
-        for name in ("kto_chosen_weight", "kto_rejected_weight", "pref_ftx"):
-            if vars(keys)[name] < 0:
-                raise ConfigError(f"{name}: {vars(keys)[name]} is a weight and must be 0 or more.")
 
     def encode(self, example, renderer, *, cutoff_len):
         if math.isnan(example.answers[0].score):

@@ -10,6 +10,7 @@ Answers 0 .. n-1 from best to worst, s_i the mean log-prob of the tokens of answ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
 from luthier.objectives._ranks import best_tokens, mean_logps, mean_over_best, measures, per_group, ranks, record
@@ -38,6 +39,21 @@ class ProConfig:
     reward_scale: float = 1.0
     """Factor on differences of scores, which are the inverse temperatures of the ranking: larger is sharper."""
 
+    def __post_init__(self) -> None:
+        refuse_all(_complaints(self))
+
+
+def _complaints(keys: ProConfig) -> Iterator[str]:
+    if keys.pro_stage is not None and keys.pro_stage < 2:
+        yield (
+            f"pro_stage: {keys.pro_stage} ranks nothing; give 2 or more candidates. To train on the best alone "
+            "first, set pro_schedule: curriculum."
+        )
+    if not keys.pro_sft_weight >= 0:
+        yield f"pro_sft_weight: {keys.pro_sft_weight} must be 0 or more."
+    if not keys.reward_scale > 0:
+        yield f"reward_scale: {keys.reward_scale} must be above 0: a score is better the higher it is."
+
 
 class Pro(Objective):
     """Ranks K answers: each of them against all that are worse."""
@@ -45,20 +61,6 @@ class Pro(Objective):
     Config = ProConfig
     answers = (2, None)
     surveys = True
-
-    def start(self, renderer):
-        config = self.config
-        if config.pro_stage is not None and config.pro_stage < 2:
-            raise ConfigError(
-                f"pro_stage: {config.pro_stage} ranks nothing; give 2 or more candidates. To train on the best alone "
-                "first, set pro_schedule: curriculum."
-            )
-        if not config.pro_sft_weight >= 0:
-            raise ConfigError(f"pro_sft_weight: {config.pro_sft_weight} must be 0 or more.")
-        if not config.reward_scale > 0:
-            raise ConfigError(
-                f"reward_scale: {config.reward_scale} must be above 0: a score is better the higher it is."
-            )
 
     def encode(self, example, renderer, *, cutoff_len):
         return encode_answers(example, renderer, cutoff_len=cutoff_len)

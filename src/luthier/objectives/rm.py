@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
 
@@ -30,9 +30,8 @@ class RmConfig:
     """Which pairs of a ranking of more than two answers count: all of them, or the best against each of the others."""
 
     def __post_init__(self) -> None:
-        for key, value in (("rm_margin", self.rm_margin), ("rm_center", self.rm_center)):
-            if value < 0:
-                raise ConfigError(f"{key}: {value} must be 0 or more.")
+        weights = {"rm_margin": self.rm_margin, "rm_center": self.rm_center}
+        refuse_all(f"{key}: {value} must be 0 or more." for key, value in weights.items() if value < 0)
 
 
 class Rm(Objective):

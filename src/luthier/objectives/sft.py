@@ -20,6 +20,10 @@ class SftConfig:
     mask_history: bool = False
     """Train only on the last response of a conversation; when it must be cut, the last turns are kept."""
 
+    def __post_init__(self) -> None:
+        if self.train_on_prompt and self.mask_history:
+            raise ConfigError("train_on_prompt and mask_history cannot both be true: one trains what the other masks.")
+
 
 class Sft(Objective):
     """Trains every response of a conversation (labels and cuts as in LLaMA-Factory)."""
@@ -28,8 +32,6 @@ class Sft(Objective):
     perplexity = True
 
     def start(self, renderer):
-        if self.config.train_on_prompt and self.config.mask_history:
-            raise ConfigError("train_on_prompt and mask_history cannot both be true: one trains what the other masks.")
         if self.config.train_on_prompt and renderer.efficient_eos:
             raise ConfigError("train_on_prompt does not work with a template that ends turns by efficient_eos.")
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 from luthier.core.objective import Objective
 from luthier.data.answers import encode_answers
 from luthier.objectives._ranks import best_tokens, mean_logps, mean_over_best, measures, per_group, ranks, record
@@ -35,6 +35,10 @@ class TunaConfig:
     mle_on: Literal["all", "best"] = "all"
     """Which answers the cross-entropy trains: all, bad ones too, as in the authors' code; or each list's best."""
 
+    def __post_init__(self) -> None:
+        weights = {"tuna_margin": self.tuna_margin, "tuna_mle_weight": self.tuna_mle_weight}
+        refuse_all(f"{key}: {value} must be 0 or more." for key, value in weights.items() if not value >= 0)
+
 
 class Tuna(Objective):
     """Imitates answers and orders them by rank."""
@@ -42,12 +46,6 @@ class Tuna(Objective):
     Config = TunaConfig
     answers = (2, None)
     surveys = True
-
-    def start(self, renderer):
-        config = self.config
-        for key, value in (("tuna_margin", config.tuna_margin), ("tuna_mle_weight", config.tuna_mle_weight)):
-            if not value >= 0:
-                raise ConfigError(f"{key}: {value} must be 0 or more.")
 
     def encode(self, example, renderer, *, cutoff_len):
         return encode_answers(example, renderer, cutoff_len=cutoff_len)

@@ -137,12 +137,17 @@ def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
 
 def _purpose(keys: dict[str, Any], notes: list[str]) -> None:
     """A run trains unless told otherwise, or told to evaluate and nothing else."""
-    if "do_train" in keys:
-        return
-    only_evaluates = bool(keys.get("do_eval")) and keys.get("eval_strategy", "no") == "no"
-    keys["do_train"] = not only_evaluates
-    if only_evaluates:
+    asked = keys.get("do_train") is not None
+    keys["do_train"] = trains(keys)
+    if not asked and not keys["do_train"]:
         notes.append("do_eval is true and do_train is not set: this run evaluates and does not train.")
+
+
+def trains(keys: Mapping[str, Any]) -> bool:
+    """Whether a run trains: as do_train says; unset, unless it is told to evaluate and nothing else."""
+    if keys.get("do_train") is not None:
+        return bool(keys["do_train"])
+    return not (keys.get("do_eval") and keys.get("eval_strategy", "no") == "no")
 
 
 def has_accelerator() -> bool:
