@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
-from luthier.model.modules import tied
+from luthier.model import quantise, rope
+from luthier.model.quantise import QuantConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = get_logger("model")
@@ -31,8 +29,8 @@ ATTENTION = {
 }
 """What users call attention implementations, and what transformers does; None leaves the choice to transformers."""
 
-VOCABULARY_STEP = 64
-"""A resized vocabulary is a multiple of this, as in LLaMA-Factory; matrix products of other sizes are slower."""
+PACKAGES = {"fa2": "flash-attn", "fa3": "flash-attn-3"}
+"""What the attention implementations need that are no part of PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +53,43 @@ class ModelConfig:
     infer_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Number format of the weights in chat, infer and export. auto: as `torch_dtype`."""
     flash_attn: Literal["auto", "disabled", "eager", "sdpa", "fa2", "fa3", "flex"] = "auto"
-    """Attention implementation. `disabled` is `eager`."""
+    """Attention implementation of chat, infer and the rest; `disabled` is `eager`. Training attends by Luthier's own
+    masks, through SDPA or FlexAttention, except with `disabled`."""
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
+    """Stretch rotary positions by ceil(cutoff_len / the model's own length), where cutoff_len is longer than that."""
     train_from_scratch: bool = False
     """Start from random weights; only the architecture is taken from the folder."""
     add_tokens: str | list[str] | None = None
     """Ordinary tokens to add to the tokenizer: a list, or a string with commas."""
     add_special_tokens: str | list[str] | None = None
     """Special tokens to add to the tokenizer: a list, or a string with commas. Left out of decoded text."""
+    new_special_tokens_config: str | None = None
+    """YAML file of special tokens to add, `"<token>": words that describe it`."""
+    init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = "noise_init"
+    """First embedding of an added token: the mean of all embeddings plus noise, or the mean of those of the words that
+    new_special_tokens_config describes it with, without or with noise."""
     resize_vocab: bool = False
     """Grow the embeddings to the size of the tokenizer. With an adapter, embeddings and head are then trained whole."""
     split_special_tokens: bool = False
     """Cut special tokens written in texts into pieces, as if they were ordinary words."""
+    upcast_layernorm: bool = False
+    """Train with the weights of normalisation layers in float32, whatever format the rest is in."""
+    moe_aux_loss_coef: float | None = None
+    """Add so many times the router's load-balancing loss to the loss of a mixture of experts. Rows are padded then:
+    which tokens share a prefix must not change how often an expert is counted."""
     print_param_status: bool = False
     """List every parameter with its number format, device and whether it is trained."""
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path.strip():
             raise ConfigError("model_name_or_path is empty; give a model's folder or its id on the hub.")
+        if self.init_special_tokens != "noise_init" and self.new_special_tokens_config is None:
+            raise ConfigError(
+                f"init_special_tokens: {self.init_special_tokens} needs new_special_tokens_config, which describes the "
+                "tokens. Set it, or leave init_special_tokens out."
+            )
+        if self.moe_aux_loss_coef is not None and self.moe_aux_loss_coef < 0:
+            raise ConfigError(f"moe_aux_loss_coef: {self.moe_aux_loss_coef} must be at least 0.")
 
 
 def load_model(
@@ -82,7 +100,9 @@ def load_model(
     attn: str | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
-    bits: Literal[4, 8] | None = None,
+    quant: QuantConfig | None = None,
+    length: int | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """The model of `config`, in evaluation mode, every weight of it from the checkpoint.
 
@@ -91,24 +111,34 @@ def load_model(
     comes first and the checkpoint's own format last.
     attn: attention implementation in transformers' words; None follows `flash_attn`.
     seed: of random weights and of the noise in new embedding rows.
-    bits: keep the linear layers in 4 (NF4, twice quantised) or 8 bits, by bitsandbytes; for models that stay frozen.
+    quant: keep the linear layers in few bits; such a model stays frozen.
+    length: the longest row in tokens, for `rope_scaling`; None where positions do not matter.
+    sharded: FSDP or ZeRO-3 will spread the weights over processes.
     Raises ModelError for anything that is not a whole causal language model.
     """
     import torch
 
+    from luthier.model import vocabulary
+
     wanted = _dtype(config, dtype)
-    implementation = attn or ATTENTION[config.flash_attn]
+    implementation = attn or _attention(config)
     settings = read_settings(config)
+    if length is not None and config.rope_scaling is not None:
+        rope.stretch(settings, config.rope_scaling, length)
+    told, method = quantise.loading(quant or QuantConfig(), settings, wanted, sharded=sharded)
+    spread = None if method is None else quantise.placement(quant or QuantConfig(), device, sharded=sharded)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if config.train_from_scratch:
+            _refuse_scratch_in_bits(method)
             model = _scratch(config, settings, wanted, implementation)
         else:
-            model = _pretrained(config, settings, wanted, implementation, bits)
+            how = {"quantization_config": told, "device_map": spread}
+            model = _pretrained(config, settings, wanted, implementation, how)
     _mend_generation(model)
     if tokenizer is not None:
-        _fit_vocabulary(model, tokenizer, config, seed)
-    if device is not None and bits is None:  # quantised weights are where they were made
+        vocabulary.fit(model, tokenizer, config, seed)
+    if device is not None and method is None:  # quantised weights are where they were made
         model.to(device)
     return model.eval()
 
@@ -194,22 +224,24 @@ def _dtype(config: ModelConfig, wanted: torch.dtype | None) -> torch.dtype | Non
     return wanted if chosen is None else getattr(torch, chosen)
 
 
-def _quantisation(bits: Literal[4, 8] | None, dtype: torch.dtype | None) -> Any:
-    """What transformers is told about bitsandbytes. Raises ConfigError where it is not installed."""
-    if bits is None:
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("quantised models need bitsandbytes: pip install luthier[quant]")
-    from transformers import BitsAndBytesConfig
+def _attention(config: ModelConfig) -> str | None:
+    """transformers' name of `flash_attn`; raises ConfigError where its package is missing."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        **({} if dtype is None else {"bnb_4bit_compute_dtype": dtype}),
-    )
+    there = {"fa2": is_flash_attn_2_available, "fa3": is_flash_attn_3_available}
+    name = config.flash_attn
+    if name in there and not there[name]():
+        raise ConfigError(
+            f"flash_attn: {name} needs the package {PACKAGES[name]} and a GPU that it knows, and they are not there. "
+            "Leave flash_attn out: PyTorch's own attention (sdpa) is nearly as fast, and training attends by Luthier's "
+            "masks anyway."
+        )
+    return ATTENTION[name]
+
+
+def _refuse_scratch_in_bits(method: str | None) -> None:
+    if method is not None:
+        raise ConfigError(f"train_from_scratch: random weights cannot be trained in few bits ({method}). Keep one.")
 
 
 def _pretrained(
@@ -217,7 +249,7 @@ def _pretrained(
     settings: PretrainedConfig,
     dtype: torch.dtype | None,
     attn: str | None,
-    bits: Literal[4, 8] | None = None,
+    how: dict[str, Any],
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -230,7 +262,7 @@ def _pretrained(
             config=settings,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn,
-            quantization_config=_quantisation(bits, dtype),
+            **how,
             trust_remote_code=config.trust_remote_code,
             ignore_mismatched_sizes=True,  # so that they are listed; they raise below
             output_loading_info=True,
@@ -283,31 +315,3 @@ def _mend_generation(model: PreTrainedModel) -> None:
         return
     if any(value not in (None, default) for value, default in ((generation.temperature, 1.0), (generation.top_p, 1.0))):
         generation.do_sample = True
-
-
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= rows:
-        return
-    if not config.resize_vocab:
-        raise ModelError(
-            f"{config.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeddings for "
-            f"{rows}. Set resize_vocab: true to train the new ones, or use the tokenizer that belongs to the model."
-        )
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_STEP, mean_resizing=False)
-    _fill_new_rows(model.get_input_embeddings(), rows, seed)
-    head = model.get_output_embeddings()
-    if head is not None and not tied(model):
-        _fill_new_rows(head, rows, seed + 1)
-    log.info("The vocabulary grows from %d to %d.", rows, model.get_input_embeddings().weight.shape[0])
-
-
-def _fill_new_rows(module: nn.Module, old: int, seed: int) -> None:
-    """Rows from `old` on become the mean of the old ones plus noise of deviation 1/sqrt(width)."""
-    import torch
-
-    weight = module.weight.data
-    width = weight.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(weight) - old, width, generator=generator) / math.sqrt(width)
-    weight[old:] = weight[:old].float().mean(0) + noise.to(weight.device)

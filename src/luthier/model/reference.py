@@ -41,6 +41,7 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
 
     from luthier.model.adapt import AdapterConfig, adapt, adapter_folders, attach
     from luthier.model.load import load_model
+    from luthier.model.quantise import QuantConfig
 
     bits = config.ref_model_quantization_bit
     if config.ref_model is None:
@@ -54,7 +55,7 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
             return FrozenModel(copy.deepcopy(setup.model), setup)
     wanted = replace(model_config, model_name_or_path=config.ref_model)
     device = next(setup.model.parameters()).device
-    model = load_model(wanted, dtype=dtype, device=device, bits=bits)
+    model = load_model(wanted, dtype=dtype, device=device, quant=QuantConfig(quantization_bit=bits))
     adapters = AdapterConfig(adapter_name_or_path=config.ref_model_adapters)
     if bits is not None:
         folders = adapter_folders(adapters, wanted)

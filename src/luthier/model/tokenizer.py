@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.core.errors import ModelError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.model.load import ModelConfig, hub, local_folder, no_source
 from luthier.model.modules import as_names
@@ -63,10 +64,35 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def special_tokens(config: ModelConfig) -> list[str]:
+    """Special tokens to add: those that `new_special_tokens_config` describes, then those of `add_special_tokens`."""
+    return list(dict.fromkeys([*descriptions(config), *as_names(config.add_special_tokens)]))
+
+
+def descriptions(config: ModelConfig) -> dict[str, str]:
+    """token -> words, from the file that `new_special_tokens_config` names; raises ConfigError."""
+    if config.new_special_tokens_config is None:
+        return {}
+    import yaml
+
+    path = Path(config.new_special_tokens_config).expanduser()
+    try:
+        held = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"new_special_tokens_config: {path} cannot be read: {error}") from error
+    whole = isinstance(held, dict) and held and all(isinstance(v, str) and v.strip() for v in held.values())
+    if not whole:
+        raise ConfigError(
+            f'new_special_tokens_config: {path} must hold lines such as `"<token>": words that describe it`; every '
+            "token needs words."
+        )
+    return {str(token): words for token, words in held.items()}
+
+
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     for key, names, special in (
         ("add_tokens", as_names(config.add_tokens), False),
-        ("add_special_tokens", as_names(config.add_special_tokens), True),
+        ("add_special_tokens", special_tokens(config), True),
     ):
         if not names:
             continue

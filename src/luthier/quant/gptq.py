@@ -1,0 +1,10 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): needs text to calibrate with, so models are stored quantised."""
+
+from __future__ import annotations
+
+BITS = ()
+"""A full model cannot be brought down while it is loaded."""
+PACKAGES = {"gptqmodel": "gptqmodel", "optimum": "optimum"}
+"""What must be installed: import name and what to ask pip for."""
+ACCELERATOR = False
+"""Whether it needs one."""
