@@ -95,6 +95,17 @@ VERBS: dict[str, Verb] = {
             ),
         },
     ),
+    "collect": Verb(
+        "luthier.collect",
+        "make training data for the accept head: prompts in, scored speculative rounds out",
+        "luthier collect CONFIG --input FILE --output FOLDER [--holdout SHARE] [key=value ...]",
+        "luthier collect examples/collect.yaml --input prompts.jsonl --output data/rounds draft=prompt_lookup",
+        {
+            "input": Flag("the prompts", "FILE", required=True),
+            "output": Flag("where the rounds go; a second call goes on from their end", "FOLDER", required=True),
+            "holdout": Flag("share of the requests that go to FOLDER/holdout instead", "SHARE", float, default=0.0),
+        },
+    ),
     "score": Verb(
         "luthier.score",
         "write a reward model's scores of a file of prompts and answers",
@@ -251,7 +262,8 @@ def _flag(name: str, flag: Flag, values: list[str]) -> Any:
     try:
         return flag.kind(values[0])
     except ValueError:
-        raise ConfigError(f"--{name} {values[0]}: expected a whole number.") from None
+        expected = {int: "a whole number", float: "a number"}[flag.kind]
+        raise ConfigError(f"--{name} {values[0]}: expected {expected}.") from None
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from luthier.core import registry
 from luthier.core.compat import HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
 from luthier.core.config import Key, keys_of
 from luthier.core.kinds import describe, json_type
-from luthier.run import OWNERS, load_owner, objective_in
+from luthier.run import MEMBERS, OWNERS, load_owner, objective_in
 from luthier.train.keys import DIFFERS, RULES, training_keys
 
 
@@ -30,7 +30,8 @@ def sections() -> Iterator[Section]:
     for name, path in OWNERS.items():
         config = load_owner(path)
         yield Section(name, _intro(config), keys_of(config))
-    for kind, family in (("stage", "objectives"), ("finetuning_type", "adapters")):
+    families = [("stage", "objectives"), *((key, family) for family, key, _ in MEMBERS.values())]
+    for kind, family in families:
         for name in registry.names(family):
             module = registry.find(family, name)
             config = objective_in(module).Config if family == "objectives" else module.Config

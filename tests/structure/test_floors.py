@@ -1,7 +1,7 @@
 """Who may import whom, read from the source: downwards only, and no member of a family imports another.
 
 core < data, formats, templates | model, adapters, heads, quant < objectives
-     < train, callbacks, optim | engines, drafters, evaluate < verbs (the modules at the top), serve
+     < train, callbacks, optim | engines, drafters, scorers, evaluate < verbs (the modules at the top), serve
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ROOMS = {
     "optim": (3, "train"),
     "engines": (3, "engines"),
     "drafters": (3, "engines"),
+    "scorers": (3, "engines"),
     "evaluate": (3, "engines"),
     "serve": (4, ""),
 }

@@ -29,6 +29,7 @@ FAMILIES = (
     "callbacks",
     "engines",
     "drafters",
+    "scorers",
 )
 
 _HOME = Path(__file__).resolve().parent.parent
