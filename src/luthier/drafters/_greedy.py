@@ -31,3 +31,7 @@ class Greedy:
             rows.append(F.pad(logits, (0, self._vocabulary - logits.shape[1]), value=float("-inf")))
             drafted.append(int(rows[-1].argmax()))
         return Draft(drafted, torch.cat(rows)) if rows else Draft()
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.model.forget()

@@ -39,6 +39,9 @@ class PromptLookup:
                 return Draft(found)
         return Draft()
 
+    def forget(self) -> None:
+        """Nothing is remembered: all it knows is in the text."""
+
 
 def build(
     keys: SpeculateConfig, target: Target, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig

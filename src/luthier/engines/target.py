@@ -21,6 +21,9 @@ from luthier.core.errors import ModelError
 KINDS = {"full_attention", "sliding_attention"}
 """Layers whose cached tokens can be taken back. States of recurrent layers cannot."""
 
+TAKES_MASKS = {"sdpa", "eager", "luthier"}
+"""Attention implementations that take a ready-made mask; `luthier` is that of training."""
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference between logits with and without cache, as a share of the largest logit; 0.25 in 16 bits."""
 
@@ -57,6 +60,7 @@ class Cached:
         """Tokens computed so far."""
         self._cache = DynamicCache()
         self._ids: list[int] = []
+        """What is cached."""
         _refuse(self.model)
         self._check()
 
@@ -71,38 +75,68 @@ class Cached:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @torch.no_grad()
-    def run(self, ids: Sequence[int], keep: int = 1, **arguments: Any) -> Pass:
+    def run(self, ids: Sequence[int], keep: int = 1, *, block: int | None = None) -> Pass:
         """Logits [keep, V] and hidden states [keep, H] at the last `keep` of `ids`.
 
-        The longest beginning that the last call had too is not computed again. arguments: more for the forward call.
+        The longest beginning that the last call had too is not computed again. block: from this token on all tokens
+        see one another, also those after them; they are not remembered.
         """
         ids = list(ids)
         if not 1 <= keep <= len(ids):
             raise ValueError(f"keep {keep} of {len(ids)} tokens")
-        start = self.rewind(ids, len(ids) - keep)
+        start = self._rewind(ids, len(ids) - keep if block is None else min(block, len(ids) - keep))
         new = torch.tensor([ids[start:]], device=self.device)
+        mask = {} if block is None else {"attention_mask": self._mask(start, len(ids), block)}
         # A pass that is interrupted leaves nothing to go on from.
         self._ids = []
         with self.within(), tapped(self.model.get_output_embeddings()) as tap:
-            out = self.model(
-                input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=keep, **arguments
-            )
+            out = self.model(input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=keep, **mask)
         self._ids = ids
         self.passes += 1
         self.computed += new.shape[1]
+        if block is not None:
+            self._rewind(ids, block)
         logits, hidden = out.logits[0, -keep:], tap.hidden[0, -keep:]
         return Pass(logits if logits.dtype == torch.float64 else logits.float(), hidden)
 
-    def rewind(self, ids: Sequence[int], most: int) -> int:
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache, self._ids = DynamicCache(), []
+
+    def _rewind(self, ids: Sequence[int], most: int) -> int:
         """Forget what is no beginning of `ids`, and all after the first `most` tokens; returns how many are left."""
         start = min(_common(self._ids, ids), most)
         if start == 0:
-            self._cache, self._ids = DynamicCache(), []
+            self.forget()
         elif start < len(self._ids):
             # A negative number of tokens to remove means the same in every release of transformers.
             self._cache.crop(start - len(self._ids))
             self._ids = self._ids[:start]
         return start
+
+    def _mask(self, start: int, stop: int, block: int) -> Tensor | dict[str, Tensor]:
+        """What tokens `start` to `stop` see of all before `stop`, as transformers takes it: one additive mask
+        [1, 1, Q, K], or one for each kind of layer."""
+        if (attention := self.model.config._attn_implementation) not in TAKES_MASKS:
+            raise ModelError(
+                f"{_name(self.model)} attends by {attention}, which takes no mask of its own; the hybrid layout of "
+                "accept heads needs flash_attn: sdpa or disabled."
+            )
+        query = torch.arange(start, stop, device=self.device)[:, None]
+        key = torch.arange(stop, device=self.device)
+        sees = (key <= query) | ((key >= block) & (query >= block))
+
+        def additive(window: int | None) -> Tensor:
+            hidden = ~sees if window is None else ~sees | (query - key >= window)
+            # Eager attention adds its mask: booleans would be added as 0 and 1.
+            mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device)
+            return mask.masked_fill(hidden, torch.finfo(self.model.dtype).min)[None, None]
+
+        config = self.model.config.get_text_config()
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        if not kinds:
+            return additive(window)
+        return {kind: additive(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}
 
     def _check(self) -> None:
         """Raise ModelError unless passes with the cache, taken back and gone on with, equal one without."""
@@ -153,6 +187,9 @@ class Drafter(Protocol):
 
     def propose(self, ids: Sequence[int], count: int) -> Draft:
         """At most `count` tokens that may follow `ids`."""
+
+    def forget(self) -> None:
+        """Let go of what is remembered of earlier texts."""
 
 
 @dataclass
