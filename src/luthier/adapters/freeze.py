@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError
-from luthier.model.modules import as_names, layers, matching
+from luthier.model.modules import as_names, expanded_blocks, layers, matching
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +20,11 @@ IS_ADAPTER = False
 class Config:
     """Which layers, and which modules of them."""
 
+    use_llama_pro: bool = False
+    """Train only the blocks that `luthier expand` added; freeze_trainable_layers says how many there are."""
     freeze_trainable_layers: int = 2
-    """n > 0 trains the last n layers, n < 0 the first -n, 0 none of them."""
+    """n > 0 trains the last n layers, n < 0 the first -n, 0 none of them. With use_llama_pro: the number of blocks that
+    were added. In a lora run it has a meaning only with use_llama_pro."""
     freeze_trainable_modules: str | list[str] = "all"
     """Modules of those layers to train, such as mlp,self_attn; all for whole layers."""
     freeze_extra_modules: str | list[str] | None = None
@@ -47,7 +50,10 @@ def _inside(model: PreTrainedModel, config: Config) -> list[nn.Module]:
                 f"Choose from: all, {', '.join(sorted(choices))}."
             )
     count = config.freeze_trainable_layers
-    chosen = list(stack)[-count:] if count > 0 else list(stack)[:-count]
+    if config.use_llama_pro:
+        chosen = [model.get_submodule(name) for name in expanded_blocks(model, count)]
+    else:
+        chosen = list(stack)[-count:] if count > 0 else list(stack)[:-count]
     if "all" in wanted:
         return chosen
     return [module for layer in chosen for name, module in layer.named_children() if name in wanted]

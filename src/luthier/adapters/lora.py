@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from luthier.adapters._place import find_place, put
 from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
-from luthier.model.modules import as_names, embeddings, linear, matching, short, tied
+from luthier.model.modules import as_names, expanded_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,6 +36,19 @@ class Config:
     """Scale by alpha / sqrt(rank) instead, which keeps large ranks stable (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the length of each weight column apart from its direction (Liu et al. 2024, arXiv 2402.09353)."""
+    pissa_init: bool = False
+    """Start from the largest singular vectors of each weight, which is left with the rest (Meng et al. 2024, arXiv
+    2404.02948)."""
+    pissa_iter: int = 16
+    """Rounds of the fast singular value decomposition of pissa_init; -1 computes the exact one."""
+    pissa_convert: bool = False
+    """When a run with pissa_init is done, also save pissa_converted/: an adapter of twice the rank that fits the model
+    as it was before training, in any program."""
+    use_llama_pro: bool = False
+    """Train only the blocks that `luthier expand` added; freeze_trainable_layers says how many there are."""
+    freeze_trainable_layers: int = 2
+    """n > 0 trains the last n layers, n < 0 the first -n, 0 none of them. With use_llama_pro: the number of blocks that
+    were added. In a lora run it has a meaning only with use_llama_pro."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 1:
@@ -43,63 +57,40 @@ class Config:
             raise ConfigError(f"lora_dropout: {self.lora_dropout} must be at least 0 and below 1.")
         if not as_names(self.lora_target):
             raise ConfigError("lora_target is empty; name modules, such as q_proj,v_proj, or say all.")
+        if self.pissa_iter < 1 and self.pissa_iter != -1:
+            raise ConfigError(f"pissa_iter: {self.pissa_iter} must be 1 or more, or -1 for the exact decomposition.")
+        if self.pissa_convert and not self.pissa_init:
+            raise ConfigError("pissa_convert needs pissa_init: true, whose adapter it converts.")
+        if self.pissa_init and self.use_dora:
+            raise ConfigError("pissa_init: a DoRA adapter cannot be told apart from what it starts with. Keep one.")
 
 
 def apply(model: PreTrainedModel, config: Config, *, also: tuple[str, ...], seed: int) -> PeftModel:
-    """The model, frozen, with fresh LoRA matrices (B = 0: at first nothing changes) and the modules `also` free."""
-    import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+    """The model, frozen, with fresh LoRA matrices (at first nothing changes) and the modules `also` free."""
+    from peft import LoraConfig, TaskType
 
-    modules = [name for name, _ in model.named_modules() if name]
-    whole = matching("additional_target", also, modules)
-    shared = tied(model) and bool(set(whole) & set(embeddings(model)))
-    if shared:  # peft ties the trained copies only if it is told of both names
-        whole = [*whole, *(name for name in embeddings(model) if name not in whole)]
-    targets = _targets(model, config, whole)
+    within = None
+    if config.use_llama_pro:
+        within = expanded_blocks(model, config.freeze_trainable_layers)
+    elif config.freeze_trainable_layers != Config.freeze_trainable_layers:
+        log.warning("freeze_trainable_layers has no effect: this run trains an adapter, without use_llama_pro.")
+    place = find_place(model, "lora_target", config.lora_target, also, within=within)
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=short(targets, [name for name in modules if name not in targets]),
-        modules_to_save=short(whole, [name for name in modules if name not in whole]) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        ensure_weight_tying=shared,
+        init_lora_weights=_start(config, model),
+        ensure_weight_tying=place.tie,
+        **place.settings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, settings)
-        except ValueError as error:
-            raise ConfigError(f"lora_target: LoRA cannot be put on this model: {error}") from error
-    _point_out_frozen(adapted, targets)
-    return adapted
+    return put(model, settings, place, key="lora_target", kind="LoRA", seed=seed)
 
 
-def _point_out_frozen(model: PeftModel, targets: list[str]) -> None:
-    """Say what LoRA did not reach. Experts of a mixture are stacked into one weight, which is no linear module; for
-    some architectures peft wraps those instead of the linear modules of the same names."""
-    weights = {name.removeprefix("base_model.model."): weight for name, weight in model.named_parameters()}
-    reached = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
-    stacked = [name for name, weight in weights.items() if weight.dim() == 3 and ".base_layer." not in name]
-    frozen = [name for name in targets if name not in reached] + stacked
-    if frozen:
-        some = ", ".join(frozen[:3]) + (" ..." if len(frozen) > 3 else "")
-        log.warning("LoRA does not reach %d modules, which stay frozen: %s", len(frozen), some)
-
-
-def _targets(model: PreTrainedModel, config: Config, whole: list[str]) -> list[str]:
-    """Whole names of the modules that get matrices; those in `whole` are trained in full already."""
-    everything = linear(model)
-    wanted = as_names(config.lora_target)
-    chosen = everything if "all" in wanted else matching("lora_target", wanted, _possible(model))
-    chosen = [name for name in chosen if name not in whole]
-    if not chosen:
-        raise ConfigError("lora_target: every module it names is already trained in full by additional_target.")
-    return chosen
-
-
-def _possible(model: PreTrainedModel) -> list[str]:
-    """Modules a user may name: what LoRA can stand beside, the output head and the embedding too."""
-    return [*linear(model), *(name for name in embeddings(model))]
+def _start(config: Config, model: PreTrainedModel) -> bool | str:
+    # A model on the meta device (`luthier check`) has shapes and no numbers to decompose.
+    if not config.pissa_init or model.device.type == "meta":
+        return True
+    return "pissa" if config.pissa_iter == -1 else f"pissa_niter_{config.pissa_iter}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
+from luthier.model import pissa
 from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch
 from luthier.model.modules import as_names, embeddings, tied
+from luthier.model.quantise import quantised
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,7 +66,8 @@ def adapt(
     """The model with its earlier adapters merged and, for training, exactly the wanted weights free to move.
 
     keys: the `Config` of the file in adapters/ that `finetuning_type` names.
-    trainable: False merges every adapter and freezes the model (inference); True returns it in training mode.
+    trainable: False merges every adapter and freezes the model (inference); True returns it in training mode. An
+    adapter of a quantised model is not merged, since merging would round it away.
     seed: of an adapter's first weights. upcast: trained 16-bit weights become float32 (`pure_bf16` says no).
     """
     if not trainable:
@@ -71,6 +75,10 @@ def adapt(
     method = find("adapters", config.finetuning_type)
     folders = adapter_folders(config, model_config)
     goes_on = bool(folders) and trainable and not config.create_new_adapter
+    if quantised(model):
+        _check_unmerged(folders, trains=config.finetuning_type, trainable=trainable, goes_on=goes_on)
+        if folders and not trainable:
+            return attach(model, folders[0]).requires_grad_(False).eval()
     for folder in folders[: len(folders) - goes_on]:
         model = merge(attach(model, folder))
         log.info("Merged the adapter %s into the model.", folder)
@@ -81,7 +89,17 @@ def adapt(
         model = attach(model, folders[-1], trainable=True)
     else:
         model = method.apply(model, keys, also=_also(model, config, model_config), seed=seed)
-    return _ready(model, upcast=upcast, listing=model_config.print_param_status)
+    return _ready(model, upcast=upcast, config=model_config)
+
+
+def sidecars(model: nn.Module, config: AdapterConfig, model_config: ModelConfig) -> list[Callable[[Path], None]]:
+    """What writes into every folder that a run saves, beside the adapter itself. Ask before the first step."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or not pissa.is_pissa(model.active_peft_config):
+        return []
+    folders = [] if config.create_new_adapter else adapter_folders(config, model_config)
+    return [pissa.Start(model, folders[-1] if folders else None)]
 
 
 def adapter_folders(config: AdapterConfig, model_config: ModelConfig) -> list[Path]:
@@ -106,7 +124,12 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
         if isinstance(settings, LoraConfig) and settings.ensure_weight_tying and tied(model):
             # peft saves only one of the tied names, and ties again only if that is one of the two it knows
             settings.modules_to_save = [*settings.modules_to_save, *embeddings(model)]
+        began = settings.init_lora_weights if pissa.is_pissa(settings) else None
+        if began is not None and pissa.take_apart(model, folder, settings):
+            settings.init_lora_weights = True
         adapted = PeftModel.from_pretrained(model, str(folder), config=settings, is_trainable=trainable)
+        if began is not None:  # what is saved from here is no less a PiSSA adapter
+            settings.init_lora_weights = began
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
@@ -225,17 +248,48 @@ def _also(model: PreTrainedModel, config: AdapterConfig, model_config: ModelConf
     return tuple(names)
 
 
-def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, listing: bool) -> PreTrainedModel | PeftModel:
+def _check_unmerged(folders: list[Path], *, trains: str, trainable: bool, goes_on: bool) -> None:
+    """A quantised model carries one adapter on top, or none."""
+    if trainable and not find("adapters", trains).IS_ADAPTER:
+        raise ConfigError(
+            f"finetuning_type: {trains} trains the model's own weights, which are quantised. Use lora or oft, or name "
+            "the full model."
+        )
+    if len(folders) > 1 or (folders and trainable and not goes_on):
+        raise ConfigError(
+            f"adapter_name_or_path: {len(folders)} to be merged into a quantised model, which would round them away. "
+            "Merge them into the full model first (luthier export), and name the result in model_name_or_path."
+        )
+
+
+def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, config: ModelConfig) -> PreTrainedModel | PeftModel:
     import torch
 
     for parameter in model.parameters():
         # Updates of 1e-5 vanish in 16 bits: what is trained is held in 32.
         if upcast and parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    if config.upcast_layernorm:
+        _upcast_norms(model)
     if count_parameters(model).trainable == 0:
         raise ConfigError("Nothing would be trained: every weight of the model is frozen.")
-    if listing:
+    if config.print_param_status:
         for name, parameter in model.named_parameters():
             state = "trained" if parameter.requires_grad else "frozen"
             log.info("%s  %s  %s  %s  %s", name, tuple(parameter.shape), parameter.dtype, parameter.device, state)
     return model.train()
+
+
+def _upcast_norms(model: nn.Module) -> None:
+    """Normalisation layers get float32 weights; what they give goes on in the format of what they are given."""
+    import torch
+
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if "norm" in type(module).__name__.lower() and any(p.dtype in (torch.float16, torch.bfloat16) for p in own):
+            module.float()
+            module.register_forward_hook(_back_to_input)
+
+
+def _back_to_input(module: nn.Module, given: tuple[Any, ...], result: Any) -> Any:
+    return result.to(given[0].dtype)

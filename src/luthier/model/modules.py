@@ -31,6 +31,21 @@ def layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise ModelError(f"{type(model).__name__} has no list of {count} layers, so layers cannot be chosen by number.")
 
 
+def expanded_blocks(model: PreTrainedModel, count: int) -> list[str]:
+    """Names of the blocks that `luthier expand` added: the last of each of `count` equal runs of layers.
+
+    Raises ConfigError where the layers cannot be cut into so many runs.
+    """
+    name, stack = layers(model)
+    if count < 1 or len(stack) % count:
+        raise ConfigError(
+            f"freeze_trainable_layers: with use_llama_pro it is the number of blocks that were added, and the "
+            f"{len(stack)} layers of the model cannot be cut into {count} equal runs."
+        )
+    step = len(stack) // count
+    return [f"{name}.{index}" for index in range(step - 1, len(stack), step)]
+
+
 def embeddings(model: PreTrainedModel) -> list[str]:
     """Names of the input embedding and of the output head, each once, also where the two share their weights."""
     wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
@@ -50,10 +65,13 @@ def linear(model: PreTrainedModel) -> list[str]:
 
     head = model.get_output_embeddings()
     inside_head = {id(module) for module in head.modules()} if head is not None else set()
+    # Some methods put layers of their own in the place of linear ones: HQQLinear, QuantLinear, WQLinear ...
+    quantised = vars(model.config).get("quantization_config") is not None
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside_head
+        if (isinstance(module, (nn.Linear, Conv1D)) or (quantised and "Linear" in type(module).__name__))
+        and id(module) not in inside_head
     ]
 
 

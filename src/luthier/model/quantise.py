@@ -6,7 +6,7 @@ How each method is told to transformers stands in `quant/METHOD.py`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,15 +102,6 @@ def placement(config: QuantConfig, device: Any, *, sharded: bool) -> Any:
     if sharded or device is None or torch.device(device).type == "cpu":
         return None
     return {"": torch.device(device)}
-
-
-def contradictions(config: QuantConfig, *, trains: str, is_adapter: bool) -> Iterator[str]:
-    """What cannot be trained on a base model in few bits, in words. trains: the finetuning_type."""
-    if config.quantization_bit is not None and not is_adapter:
-        yield (
-            f"a model in {config.quantization_bit} bits cannot itself be trained, and finetuning_type: {trains} trains "
-            "its weights. Use finetuning_type: lora or oft, or leave quantization_bit out"
-        )
 
 
 def _of_stored(config: QuantConfig, stored: str) -> tuple[Any, str | None]:
