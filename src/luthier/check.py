@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from luthier import resolved
 from luthier.core import log as logging
+from luthier.core.errors import ConfigError
 from luthier.run import Run, resolve
 
 if TYPE_CHECKING:
@@ -133,10 +135,14 @@ def _checkpointing(args: Any) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`luthier check CONFIG [key=value ...]`."""
+    """`luthier check CONFIG [--config-only [--json]] [key=value ...]`."""
     from luthier.cli import parse_command
 
     command = parse_command(argv, "check")
+    if command.flags["json"] and not command.flags["config-only"]:
+        raise ConfigError("--json prints the resolved configuration: write --config-only --json.")
+    if command.flags["config-only"]:
+        return resolved.show(command.config, command.overrides, as_json=command.flags["json"])
     run = resolve(command.config, command.overrides, verb="train")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)

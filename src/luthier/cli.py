@@ -72,8 +72,12 @@ VERBS: dict[str, Verb] = {
     "check": Verb(
         "luthier.check",
         "check configuration and data without loading weights",
-        "luthier check CONFIG [key=value ...]",
+        "luthier check CONFIG [key=value ...] [--config-only [--json]]",
         "luthier check examples/sft_lora.yaml",
+        {
+            "config-only": Flag("show what every key comes to; touches no data and no model", kind=bool, default=False),
+            "json": Flag("with --config-only: all keys as one JSON object", kind=bool, default=False),
+        },
     ),
     "chat": Verb(
         "luthier.chat",

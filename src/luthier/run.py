@@ -6,6 +6,7 @@ run = resolve("train.yaml", ["learning_rate=1e-4"])
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.contradictions import TRAINS, contradictions
 from luthier.core import registry
-from luthier.core.compat import REFUSED, RENAMED
+from luthier.core.compat import REFUSED, RENAMED, idle_variables
 from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
 from luthier.core.errors import ConfigError
+from luthier.core.kinds import is_true
 from luthier.core.objective import Objective
 from luthier.train.config import TrainConfig, derive
 from luthier.train.keys import training_keys
@@ -69,6 +71,9 @@ MEMBERS: dict[str, tuple[str, str, str]] = {
 }
 """Sections owned by the `Config` of one member of a family: the family, the key that names it, that key's section."""
 
+SECRET = ("_token", "_api_key", "_secret")
+"""Keys that end so are never written down."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -105,11 +110,18 @@ class Run:
 
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value; `resolve` of it gives this run again."""
+        return "\n".join(f"# {name}\n{dump(values)}" for name, values in self._parts().items() if values)
+
+    def flat(self) -> dict[str, Any]:
+        """The same as one mapping of all keys."""
+        return {key: value for values in self._parts().values() for key, value in values.items()}
+
+    def _parts(self) -> dict[str, dict[str, Any]]:
         defaults = {key.name: key.default for key in training_keys().values() if key.rule is None}
         parts = {"run": {"stage": self.stage, "plugins": self.plugins}, "objective": _values(self.objective.config)}
         parts |= {name: _values(getattr(self, name)) for name in (*OWNERS, *MEMBERS) if name != "run"}
         parts["training"] = defaults | self.training
-        return "\n".join(f"# {name}\n{dump(values)}" for name, values in parts.items() if values)
+        return parts
 
 
 def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, verb: str = "train") -> Run:
@@ -131,7 +143,8 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
         member = _member(given, family, key, kind, misses)
         if member is not None:
             owners.append(owner(name, member.Config, f"{key} {kind}"))
-    settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED)
+    extra = is_true(os.environ.get("ALLOW_EXTRA_ARGS"))
+    settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED, extra=extra)
     settled.problems.extend(misses)
     settled.problems.extend(contradictions(given, settled, stage=stage, objective=objective, verb=verb))
     refuse(given.source, settled.problems)
@@ -207,9 +220,11 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
     layout = sections["layout"]
     if layout.neat_packing and layout.packing is None:
         sections["layout"] = replace(layout, packing=True)
+    sections["adapter"] = _without_head(sections["adapter"], objective, notes)
     training = dict(sections.pop("training"))
     warnings = [*settled.warnings, *_idle(sections, training, verb)]
     if verb in TRAINS:
+        warnings += idle_variables(os.environ)
         training, sections["train"], derived = derive(training, sections["train"])
         notes += derived
         if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
@@ -228,6 +243,17 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
     )
 
 
+def _without_head(adapter: AdapterConfig, objective: type[Objective], notes: list[str]) -> AdapterConfig:
+    """additional_target without lm_head where a head stands in its place: that head is always trained and saved."""
+    from luthier.model.modules import as_names
+
+    targets = as_names(adapter.additional_target)
+    if objective.head is None or "lm_head" not in targets:
+        return adapter
+    notes.append(f"additional_target: lm_head means the {objective.head} head here, which is always trained.")
+    return replace(adapter, additional_target=[name for name in targets if name != "lm_head"] or None)
+
+
 def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> Iterator[str]:
     """Keys that make sense and will still change nothing."""
     evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval") or training.get("do_predict")
@@ -237,5 +263,5 @@ def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> I
 
 def _values(section: Any) -> dict[str, Any]:
     """A section's keys and values, secrets left out."""
-    names = [item.name for item in fields(section) if item.init and not item.name.endswith("_token")]
+    names = [item.name for item in fields(section) if item.init and not item.name.endswith(SECRET)]
     return {name: getattr(section, name) for name in names}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier import contradictions
 from luthier.core import registry
-from luthier.core.compat import HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
+from luthier.core.compat import ENVIRONMENT, HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
 from luthier.core.config import Key, keys_of
 from luthier.core.kinds import describe, json_type
 from luthier.run import MEMBERS, OWNERS, load_owner, objective_in
@@ -126,6 +128,31 @@ def compatibility_page() -> str:
             "",
             *_refusals(LLAMA_FACTORY),
             "",
+            "## Keys that do not go together",
+            "",
+            "Each of these stops the run before it starts, together with whatever else is wrong in the file.",
+            "",
+            "| keys | why |",
+            "|---|---|",
+            *(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {_rule(rule)} |" for rule in contradictions.RULES),
+            "",
+            "LLaMA-Factory refuses some more, which work here:",
+            "",
+            "| | why it can |",
+            "|---|---|",
+            *(f"| {name} | {why} |" for name, why in contradictions.WORKS.items()),
+            "",
+            "## Environment variables",
+            "",
+            "Those that LLaMA-Factory reads. Where one is set for training and changes nothing, the run says so.",
+            "",
+            "| variable | here | |",
+            "|---|---|---|",
+            *(
+                f"| `{name}` | {'works' if variable.works else 'no effect'} | {_cell(variable.does)} |"
+                for name, variable in ENVIRONMENT.items()
+            ),
+            "",
             "## Hugging Face training keys of which some values cannot work",
             "",
             *_refusals(RULES),
@@ -143,6 +170,11 @@ def _refusals(table: Mapping[str, Refused]) -> list[str]:
         f"| `{key}` | {', '.join(f'`{_shown(value)}`' for value in rule.accepts)} | {_cell(rule.why)} |"
         for key, rule in sorted(table.items())
     ]
+
+
+def _rule(rule: contradictions.Rule) -> str:
+    """A rule's words, with the names of keys where a message has their values."""
+    return _cell(re.sub(r"\{(\w+)\}", r"*\1*", rule.text))
 
 
 def _intro(config: type) -> str:

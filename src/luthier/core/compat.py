@@ -6,9 +6,11 @@ and says what to do instead. An owner's field of the same name takes over once i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from luthier.core.kinds import is_true
 
 
 @dataclass(frozen=True)
@@ -226,3 +228,65 @@ HUGGING_FACE: dict[str, Refused] = {
 
 REFUSED: dict[str, Refused] = LLAMA_FACTORY | HUGGING_FACE
 """All of them, as the gate reads them."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that LLaMA-Factory reads."""
+
+    does: str
+    """What comes of it here."""
+    works: bool = False
+    """It does here what it does there. False: whoever sets it for training is told that it changes nothing."""
+    verb: str = "train"
+    """Which command it is for."""
+
+
+def _all(does: str, *names: str, **facts: Any) -> dict[str, Variable]:
+    return dict.fromkeys(names, Variable(does, **facts))
+
+
+ENVIRONMENT: dict[str, Variable] = {
+    "FORCE_TORCHRUN": Variable("1 starts training under torchrun, with one process too", works=True),
+    "NNODES": Variable("number of machines", works=True),
+    "NODE_RANK": Variable("which of the machines this is, from 0", works=True),
+    "NPROC_PER_NODE": Variable("processes on this machine; unset: one for each accelerator", works=True),
+    **_all("where the first machine listens", "MASTER_ADDR", "MASTER_PORT", works=True),
+    "RDZV_ID": Variable("name of an elastic job, whose machines may come and go", works=True),
+    **_all("fewest and most machines of an elastic job", "MIN_NNODES", "MAX_NNODES", works=True),
+    "MAX_RESTARTS": Variable("how often torchrun starts an elastic job again", works=True),
+    "USE_RAY": Variable("1 starts training on a Ray cluster, as --ray does", works=True),
+    "WANDB_PROJECT": Variable("the project of report_to: wandb", works=True),
+    "ALLOW_EXTRA_ARGS": Variable("1 makes unknown keys a warning", works=True),
+    "LLAMAFACTORY_VERBOSITY": Variable("least severe message that is shown: DEBUG, INFO, WARN, ERROR", works=True),
+    "OPTIM_TORCH": Variable("set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True yourself where memory is tight"),
+    "DISABLE_VERSION_CHECK": Variable("versions are checked when packages are installed and never later"),
+    "FORCE_CHECK_IMPORTS": Variable("transformers' check of imports is never switched off"),
+    **_all("hub ids are those of the Hugging Face hub; name a downloaded folder", "USE_MODELSCOPE_HUB",
+           "USE_OPENMIND_HUB"),
+    **_all("Megatron is not supported; the run trains without it", "USE_MCA", "USE_MEGATRON_BRIDGE"),
+    "USE_KT": Variable("KTransformers is not supported"),
+    "USE_V1": Variable("there is one set of keys, LLaMA-Factory's v0"),
+    "RECORD_VRAM": Variable("use report_to with a tracker that records memory"),
+    "NPU_JIT_COMPILE": Variable("torch_npu's own settings hold"),
+    **_all("markers in texts are <image>, <video> and <audio>", "IMAGE_PLACEHOLDER", "VIDEO_PLACEHOLDER",
+           "AUDIO_PLACEHOLDER"),
+    "DOWNSAMPLE_MODE": Variable("the model's own image processor decides"),
+    **_all("not there yet", "API_HOST", "API_PORT", "API_KEY", "API_MODEL_NAME", "API_VERBOSE", "FASTAPI_ROOT_PATH",
+           "MAX_CONCURRENT", "ALLOW_LOCAL_FILES", "SAFE_MEDIA_PATH", verb="api"),
+    **_all("not there yet", "GRADIO_SHARE", "GRADIO_IPV6", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "DEMO_MODEL",
+           "DEMO_TEMPLATE", "DEMO_BACKEND", "LLAMABOARD_ENABLED", "LLAMABOARD_WORKDIR", verb="webui"),
+}  # fmt: skip
+"""Environment variables that users of LLaMA-Factory set, for docs/compatibility.md and for a warning."""
+
+
+def idle_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning for each variable that somebody set for training and that changes nothing."""
+    for name, variable in ENVIRONMENT.items():
+        value = environ.get(name, "")
+        if value and not variable.works and variable.verb == "train" and (is_true(value) or name in VALUES):
+            yield f"The environment sets {name}={value}, which has no effect: {variable.does}."
+
+
+VALUES = ("IMAGE_PLACEHOLDER", "VIDEO_PLACEHOLDER", "AUDIO_PLACEHOLDER", "DOWNSAMPLE_MODE")
+"""Variables that are no switches."""

@@ -6,6 +6,9 @@ import logging
 import os
 import sys
 
+LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING, "WARNING": logging.WARNING,
+          "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}  # fmt: skip
+
 
 def get_logger(name: str = "luthier") -> logging.Logger:
     """A logger below `luthier`; the command line gives that root its handler."""
@@ -23,8 +26,15 @@ class _Stderr(logging.StreamHandler):
         return sys.stderr
 
 
-def set_up(level: int = logging.INFO) -> None:
-    """Send Luthier's messages to stderr. Ranks above 0 say only what is an error: all ranks would say the same."""
+def set_up(level: int | None = None) -> None:
+    """Send Luthier's messages to stderr. Ranks above 0 say only what is an error: all ranks would say the same.
+
+    level: the least severe message that is shown; unset, what LLAMAFACTORY_VERBOSITY says, or INFO.
+    """
+    if level is None:
+        level = LEVELS.get(os.environ.get("LLAMAFACTORY_VERBOSITY", "").strip().upper(), logging.INFO)
+    # On import it warns of an optional CPU kernel that most machines lack.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     root = logging.getLogger("luthier")
     if not root.handlers:
         handler = _Stderr()
