@@ -1,4 +1,4 @@
-"""Whether pairs that a model gives 70 % are won in 70 % of the cases."""
+"""Whether what a model gives 70 % comes true in 70 % of the cases."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Calibration:
     predicted: np.ndarray
     """Mean probability in the bin."""
     observed: np.ndarray
-    """Share of the bin that was won."""
+    """Share of the bin that was won, or the mean of what came of it."""
     weight: np.ndarray
-    """Share of all pairs that lie in the bin; sums to 1."""
+    """Share of everything that lies in the bin; sums to 1."""
 
     @property
     def ece(self) -> float:
@@ -39,11 +39,14 @@ def calibrate(probability: np.ndarray, weight: np.ndarray, bins: int = BINS) -> 
     """
     p = np.concatenate([probability, 1 - probability])
     won = np.concatenate([np.ones_like(probability), np.zeros_like(probability)])
-    share = np.concatenate([weight, weight]) / 2
-    place = np.minimum((p * bins).astype(np.int64), bins - 1)
-    total = np.bincount(place, share, bins)
+    return reliability(p, won, np.concatenate([weight, weight]) / 2, bins)
+
+
+def reliability(predicted: np.ndarray, observed: np.ndarray, weight: np.ndarray, bins: int = BINS) -> Calibration:
+    """Bins of equal width over what was predicted, 0..1; observed: what came of it, 0..1; weight sums to 1. All [N]."""
+    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    total = np.bincount(place, weight, bins)
     held = total > 0
     total = total[held]
-    predicted = np.bincount(place, share * p, bins)[held] / total
-    observed = np.bincount(place, share * won, bins)[held] / total
-    return Calibration(predicted, observed, total)
+    mean = np.bincount(place, weight * predicted, bins)[held] / total
+    return Calibration(mean, np.bincount(place, weight * observed, bins)[held] / total, total)

@@ -16,7 +16,7 @@ BLUE, GREY = "#1f77b4", "#888888"
 
 def draw_calibration(path: Path, calibration: Calibration) -> Path:
     """Predicted against observed, the diagonal, and how many pairs lie where."""
-    figure, axes = _figure("Calibration", "P(better answer wins), predicted", "share of pairs won")
+    figure, axes = figure_of("Calibration", "P(better answer wins), predicted", "share of pairs won")
     axes.bar(calibration.predicted, calibration.weight, width=0.03, color=BLUE, alpha=0.25, label="share of pairs")
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
     axes.plot(
@@ -29,31 +29,32 @@ def draw_calibration(path: Path, calibration: Calibration) -> Path:
         label=f"model (ECE {calibration.ece:.3f})",
     )
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def draw_risk_coverage(path: Path, curves: Mapping[str, RiskCoverage]) -> Path:
     """Error rate among the pairs kept, one line for each way of being unsure."""
-    figure, axes = _figure("Errors when unsure pairs are left out", "share of pairs kept", "error rate among them")
+    figure, axes = figure_of("Errors when unsure pairs are left out", "share of pairs kept", "error rate among them")
     for name, curve in curves.items():
         axes.step(curve.coverage, curve.risk, where="pre", linewidth=2, label=f"{name} (area {curve.aurc:.3f})")
     axes.axhline(next(iter(curves.values())).risk[-1], color=GREY, linewidth=1, linestyle="--", label="all pairs")
     axes.set(xlim=(0, 1), ylim=(0, None))
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def draw_deciles(path: Path, deciles: Deciles) -> Path:
     """Accuracy of each tenth of the pairs, from the smallest variance to the largest."""
-    figure, axes = _figure("Accuracy by variance", "mean variance of each tenth of the pairs", "accuracy")
+    figure, axes = figure_of("Accuracy by variance", "mean variance of each tenth of the pairs", "accuracy")
     place = np.arange(1, len(deciles.accuracy) + 1)
     axes.bar(place, deciles.accuracy, color=BLUE, label="accuracy")
     axes.set_xticks(place, [f"{value:.2g}" for value in deciles.variance])
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--", label="chance")
     axes.set(ylim=(0, 1.15))
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def figure_of(title: str, x: str, y: str) -> tuple[Any, Any]:
+    """An empty picture in the house's style: (figure, axes)."""
     # Not pyplot, which would need a display or change the backend of whoever called us.
     from matplotlib.figure import Figure
 
@@ -68,7 +69,8 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path) -> Path:
+def save(figure: Any, axes: Any, path: Path) -> Path:
+    """Write the picture with its legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     axes.legend(frameon=False)

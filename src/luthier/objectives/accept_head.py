@@ -53,12 +53,16 @@ class AcceptHeadConfig:
     """Most rounds in one tree; 1 trains on one round a row."""
     freeze_backbone: bool = False
     """Train the head alone, on hidden states that are computed once: many epochs in seconds."""
+    accept_harm: float = 0.05
+    """Share of rounds in which the threshold that evaluation suggests may keep a token that is not good enough."""
 
     def __post_init__(self) -> None:
         for key, least in (("accept_tree_tokens", 1), ("accept_rounds_per_tree", 1)):
             value = vars(self)[key]
             if value is not None and value < least:
                 raise ConfigError(f"{key}: {value} must be {least} or more.")
+        if not 0 <= self.accept_harm <= 1:
+            raise ConfigError(f"accept_harm: {self.accept_harm} must be a share from 0 to 1.")
 
 
 class AcceptHead(Objective):
@@ -167,7 +171,7 @@ class AcceptHead(Objective):
         probability = torch.sigmoid(policy.verdict_at_tokens(batch)[:, 0].double()).tolist()
         found, edge, answer = [], 0, 0
         owners = batch.answer.tolist()
-        for group, extra in enumerate(batch.extras):
+        for extra in batch.extras:
             rounds = []
             for told in extra[ROUNDS]:
                 mismatches = []
