@@ -69,6 +69,8 @@ def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> P
     objective, head = run.objective, None
     if objective.head is not None:
         head = heads.attach(model, objective.head, objective.config, seed=args.seed)
+        for line in objective.announces:
+            log.info("%s", line)
         source = head_folder(run)
         if source is not None:
             heads.load(head, objective.head, source)

@@ -57,12 +57,12 @@ def fit(run: Run) -> Result:
         run.adapter,
         run.adapter_keys,
         model_config=run.model,
-        trainable=True,
+        trainable=run.objective.trains_backbone,
         seed=args.seed,
         upcast=not run.train.pure_bf16,
     )
-    log.info("%s", count_parameters(model))
     setup = make_policy(run, model, args)
+    log.info("%s", count_parameters(model))
 
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
     laid_out = rows.lay_out(
@@ -76,15 +76,18 @@ def fit(run: Run) -> Result:
         check=run.train.verify_layout,
     )
     evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
+    train, collator = laid_out.train, laid_out.collator
+    if not run.objective.trains_backbone:
+        setup, train, evaluation, collator = _head_only(run, setup, train, evaluation, collator, args)
     trainer = make_trainer(
         run,
         setup,
         args,
         tokenizer,
         sidecars=[_config_writer(run)],
-        train_dataset=laid_out.train,
+        train_dataset=train,
         eval_dataset=evaluation.get("", evaluation or None),
-        data_collator=laid_out.collator,
+        data_collator=collator,
         callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
     )
     if run.reference.precompute_reference and setup.reference is not None:
@@ -131,6 +134,18 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
+
+
+def _head_only(run: Run, setup: Any, train: Any, evaluation: dict[str, Any], collator: Any, args: Any) -> tuple:
+    """The hidden states of all examples, computed once, and what trains the head on them without the model."""
+    from luthier.train.features import Features
+
+    # The model is gone before the first step, and with it what could be recomputed.
+    args.gradient_checkpointing = False
+    features = Features(setup, run.data, collator, args.per_device_train_batch_size)
+    train = features(train, "the training examples")
+    evaluation = {name: features(part, "the evaluation examples") for name, part in evaluation.items()}
+    return features.head_only()[0], train, evaluation, features.head_only()[1]
 
 
 def _precompute(run: Run, trainer: Trainer) -> None:

@@ -97,12 +97,23 @@ def as_trained(run: Run, folder: Path) -> Run:
     """The run that loads what `run` trained and saved in `folder`: an adapter on top of the others, or a model."""
     from luthier.model.modules import as_names
 
+    if _head_alone(folder):
+        return replace(run, training={**run.training, "output_dir": str(folder)})
     if not (folder / "adapter_config.json").is_file():
         return replace(run, model=replace(run.model, model_name_or_path=str(folder)))
     earlier = as_names(run.adapter.adapter_name_or_path)
     # Training went on with the last of the earlier adapters, unless it was merged and a new one made.
     merged = earlier if run.adapter.create_new_adapter else earlier[:-1]
     return replace(run, adapter=replace(run.adapter, adapter_name_or_path=[*merged, str(folder)]))
+
+
+def _head_alone(folder: Path) -> bool:
+    """Whether a head was trained on a frozen model, so that the model is still the one it started from."""
+    from luthier.model.heads import saved_in
+
+    return saved_in(folder) is not None and not any(
+        (folder / name).is_file() for name in ("adapter_config.json", "config.json")
+    )
 
 
 def head_folder(run: Run) -> Path | None:

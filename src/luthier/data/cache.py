@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +109,8 @@ def _content(setting: Any) -> Any:
 def _code() -> str:
     """Of the modules that turn rows into stored ids."""
     home = Path(__file__).resolve().parent.parent
-    core = [home / "core" / name for name in ("types.py", "tree.py")]
-    files = [*core, *sorted((home / "data").glob("*.py")), *sorted((home / "templates").glob("*.py"))]
+    files = [home / "core" / name for name in ("types.py", "tree.py")]
+    files += [file for part in ("data", "templates", "tool_formats") for file in sorted((home / part).glob("*.py"))]
     return sha(f"{VERSION}" + "".join(file.read_text(encoding="utf-8") for file in files))
 
 
@@ -181,3 +181,19 @@ def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:
 def interactive() -> bool:
     """Whether somebody is watching a terminal, and this is the process that talks to them."""
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+
+
+def progress(starts: range, what: str, step: int) -> Iterable[int]:
+    """The same numbers, with a bar where somebody is watching; each stands for `step` examples."""
+    if not interactive():
+        yield from starts
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*look, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=starts.stop)
+        for start in starts:
+            yield start
+            shown.advance(task, min(step, starts.stop - start))

@@ -27,7 +27,7 @@ EXTRAS = {"mismatch_kl": "kl", "mismatch_prob": "prob", "mismatch_rank": "rank"}
 
 
 def read(row: Mapping[str, Any], columns: Columns) -> Example:
-    """A round. `extra` has req_id, place, draft, verifier, mismatches ({index, target, ...}) and text or context_ids."""
+    """A round; `extra` has req_id, place, draft, verifier, mismatches ({index, target, ...}), text or context_ids."""
     if row.get("req_id") is None:
         raise BadRow("no req_id")
     draft, verifier = _ids(row, "spd_round_draft_ids"), _ids(row, "spd_round_verifier_ids")

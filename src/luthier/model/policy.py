@@ -144,6 +144,10 @@ class ModelPolicy:
         """The head's output at each supervised token itself (not at its parent), [E, width]."""
         return self._judge(batch, batch.target)[batch.edge]
 
+    def hidden_at_tokens(self, batch: Batch) -> Tensor:
+        """The hidden states at each supervised token itself, [E, H]: what `verdict_at_tokens` asks the head about."""
+        return self._flat(batch)[batch.target][batch.edge]
+
     def reference(self, batch: Batch) -> Tensor:
         """`logps` of the frozen reference; those stored in the column `reference_logp` if the batch brings it."""
         stored = batch.columns.get(REFERENCE_COLUMN)

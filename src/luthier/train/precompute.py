@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +22,7 @@ import torch
 from luthier.core.errors import TrainingError
 from luthier.core.types import ASIDE, NAN, Encoded
 from luthier.core.types import Path as TokenPath
-from luthier.data.cache import cached, interactive, key_of, sha
+from luthier.data.cache import cached, key_of, progress, sha
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
 from luthier.data.store import ITEMS, META, write
@@ -92,7 +92,7 @@ class Precompute:
         """Log-probs of the supervised tokens of each example, path after path, a list a forward pass."""
         count = len(rows.examples)
         starts = range(0, count, self.batch_size)
-        for start in _progress(starts, name, self.batch_size):
+        for start in progress(starts, f"Asking the reference about {name}", self.batch_size):
             items = [_completed(rows, index) for index in range(start, min(start + self.batch_size, count))]
             yield self._ask(items)
 
@@ -101,7 +101,7 @@ class Precompute:
         batch = collate(_as_answers(items), layout=options["layout"], pad_id=options["pad_id"])
         batch = batch.to(next(self.setup.model.parameters()).device)
         found = self.setup.reference.logps(batch).float().cpu().numpy()
-        counts = [sum(len(_supervised(path)) for path in encoded.paths) for encoded, _ in items]
+        counts = [sum(len(supervised(path)) for path in encoded.paths) for encoded, _ in items]
         parts = np.split(found, np.cumsum(counts)[:-1])
         for (_, name), logps in zip(items, parts):
             if not np.isfinite(logps).all():
@@ -130,7 +130,7 @@ class WithReference(Sequence[tuple[Encoded, str]]):
         at = index - (int(self._ends[which - 1]) if which else 0)
         stored, paths, start = self._batches[which].column("logps")[at].values.to_numpy(), [], 0
         for path in encoded.paths:
-            chosen = _supervised(path)
+            chosen = supervised(path)
             values = np.full(len(path.ids), NAN, np.float32)
             values[chosen] = stored[start : start + len(chosen)]
             start += len(chosen)
@@ -192,7 +192,7 @@ def _completed(rows: Bundles, index: int) -> tuple[Encoded, str]:
     return rows.examples[index] if rows.complete is None else rows.complete(index, rows.examples)
 
 
-def _supervised(path: TokenPath) -> np.ndarray:
+def supervised(path: TokenPath) -> np.ndarray:
     """Indices of the tokens a batch asks about; the first has nothing before it."""
     return np.flatnonzero(np.asarray(path.weights[1:])) + 1
 
@@ -201,19 +201,3 @@ def _table(logps: Sequence[np.ndarray]) -> pyarrow.RecordBatch:
     import pyarrow as pa
 
     return pa.RecordBatch.from_pydict({"logps": pa.array(logps, pa.list_(pa.float32()))})
-
-
-def _progress(starts: range, name: str, batch_size: int) -> Iterable[int]:
-    """The same, with a bar where somebody is watching."""
-    if not interactive():
-        yield from starts
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*look, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"Asking the reference about {name}", total=starts.stop)
-        for start in starts:
-            yield start
-            progress.advance(task, min(batch_size, starts.stop - start))

@@ -17,6 +17,7 @@ from luthier.core.batch import Batch
 from luthier.core.errors import TrainingError
 from luthier.core.objective import Objective
 from luthier.model import heads
+from luthier.model.head_only import HeadOnly, HeadOnlySetup
 from luthier.model.policy import PolicySetup
 from luthier.train import checkpoint
 from luthier.train.by_hand import survey
@@ -39,7 +40,7 @@ class Trainer(transformers.Trainer):
     def __init__(
         self,
         *,
-        setup: PolicySetup,
+        setup: PolicySetup | HeadOnlySetup,
         objective: Objective,
         sidecars: Sequence[Sidecar] = (),
         shuffle: bool = True,
@@ -273,9 +274,13 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         head = self.setup.head
-        if head is not None:
-            state_dict = heads.without_head(self.model, state_dict)
-        super()._save(str(folder), state_dict)
+        if self._head_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        else:
+            state_dict = state_dict if head is None else heads.without_head(self.model, state_dict)
+            super()._save(str(folder), state_dict)
         if self.args.should_save:
             if head is not None and self.objective.head is not None:
                 facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
@@ -287,12 +292,19 @@ class Trainer(transformers.Trainer):
                 write(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._head_only:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self._head_only:
+            super()._load_best_model()
         self._load_head(self.state.best_model_checkpoint)
+
+    @property
+    def _head_only(self) -> bool:
+        """Whether the head is all there is: its weights are then all that is saved."""
+        return isinstance(self.model, HeadOnly)
 
     def _load_head(self, folder: str) -> None:
         if self.setup.head is not None and self.objective.head is not None:
