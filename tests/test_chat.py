@@ -166,3 +166,17 @@ def test_a_training_configuration_points_out_its_adapter(tmp_path, say, caplog, 
     (tmp_path / "adapter_config.json").write_text("{}")
     say("/exit\n", f"output_dir={tmp_path}")
     assert f"adapter_name_or_path={tmp_path}" in caplog.text
+
+
+def test_with_drafts_the_answer_is_the_same_and_what_they_saved_is_said_aside(folder, say):
+    code, out, err = say("What is the capital of France?\n", "draft=draft_model", f"draft_model={folder}")
+    assert (code, out) == (0, answer(folder, "What is the capital of France?") + "\n")
+    assert f"{NEW / 2:.2f} tokens per pass, {NEW - 2} of {NEW - 2} draft tokens kept" in err
+    code, out, err = say("Hello\n", "draft=prompt_lookup", "do_sample=true")
+    assert code == 2 and "do_sample: true does not go with draft" in err
+
+
+def test_drafts_are_greedy_where_nothing_is_said_about_sampling(folder, say):
+    text = "one two three\nfour\n"
+    assert say(text, "draft=prompt_lookup")[1] == say(text, "do_sample=false")[1]
+    assert "tokens per pass" not in say(text, "do_sample=false")[2]

@@ -2,6 +2,8 @@
 
 luthier chat CONFIG [key=value ...]
 
+With `draft` set answers come by speculative decoding, each followed by what that saved.
+
 Piped text works too: each line is a message, answers go to stdout, everything else to stderr.
 """
 
@@ -17,6 +19,7 @@ from luthier.core.types import Message
 
 if TYPE_CHECKING:
     from luthier.engines.sampling import GenerateConfig
+    from luthier.run import Run
     from luthier.serving import Speaker
 
 log = get_logger("chat")
@@ -31,10 +34,14 @@ HELP = """\
 class Chat:
     """What was said so far. A new question is answered with all of it in mind."""
 
-    def __init__(self, speaker: Speaker, sampling: GenerateConfig, out: TextIO):
+    def __init__(
+        self, speaker: Speaker, sampling: GenerateConfig, out: TextIO, *, told: Callable[[], str] | None = None
+    ):
+        """told: what to say, aside, about each answer once it is there."""
         self._speaker = speaker
         self._sampling = sampling
         self._out = out
+        self._told = told
         self.system = ""
         self.messages: list[Message] = []
         self._turns = 0
@@ -56,6 +63,8 @@ class Chat:
         except KeyboardInterrupt:
             pieces.close()
         print(file=self._out, flush=True)
+        if self._told is not None:
+            _aside(self._told())
         self.messages = [*asked, Message("assistant", answer)]
         return answer
 
@@ -85,14 +94,26 @@ def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     from luthier.cli import parse_command
     from luthier.run import resolve
-    from luthier.serving import load_engine
 
     command = parse_command(argv, "chat")
     run = resolve(command.config, command.overrides, verb="chat")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
-    talk(Chat(load_engine(run), run.generate, sys.stdout), sys.stdin)
+    talk(_start(run), sys.stdin)
     return 0
+
+
+def _start(run: Run) -> Chat:
+    """A chat with nothing said yet."""
+    if run.speculate.draft is None:
+        from luthier.serving import load_engine
+
+        return Chat(load_engine(run), run.generate, sys.stdout)
+    from luthier.speculative import greedy, load_fast
+
+    sampling = greedy(run)
+    fast = load_fast(run)
+    return Chat(fast.speaker, sampling, sys.stdout, told=fast.engine.told)
 
 
 def talk(chat: Chat, source: TextIO) -> None:
@@ -141,3 +162,9 @@ def _refuse(error: LuthierError, live: bool) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _aside(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, style="dim")

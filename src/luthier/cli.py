@@ -110,6 +110,17 @@ VERBS: dict[str, Verb] = {
             "holdout": Flag("share of the requests that go to FOLDER/holdout instead", "SHARE", float, default=0.0),
         },
     ),
+    "speculate": Verb(
+        "luthier.speculate",
+        "answer a file of prompts by speculative decoding, and measure it",
+        "luthier speculate CONFIG --input FILE --output FILE [--compare] [key=value ...]",
+        "luthier speculate saves/accept --input tasks.jsonl --output answers.jsonl draft=prompt_lookup --compare",
+        {
+            "input": Flag("the prompts; a column answer, target or regex says what is right", "FILE", required=True),
+            "output": Flag("where the answers go; a second call goes on from its end", "FILE", required=True),
+            "compare": Flag("also answer without the accept head, and without drafts", kind=bool, default=False),
+        },
+    ),
     "score": Verb(
         "luthier.score",
         "write a reward model's scores of a file of prompts and answers",

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     examples = read_examples(source, read_row, expected=EXPECTED)
     make(output)
     speaker = load_engine(run)
-    questions = [_question(row, example, speaker) for row, example in enumerate(examples)]
+    questions = [question_of(row, example, speaker) for row, example in enumerate(examples)]
     choice = () if select is None else (command.flags["n"], select)
     asked = {question.row: (question.prompt, *choice) for question in questions}
     names = ("prompt", "n", "select")[: 1 + len(choice)]
@@ -218,7 +218,8 @@ def _shape(row: Any) -> tuple[str, Any]:
     )
 
 
-def _question(row: int, example: Example, speaker: Speaker) -> Question:
+def question_of(row: int, example: Example, speaker: Speaker) -> Question:
+    """A row as the model is given it. Raises DataError."""
     try:
         ids = speaker.renderer.prompt(example.prompt, system=example.system, tools=example.tools)
     except LuthierError as error:

@@ -196,20 +196,3 @@ def test_after_forgetting_everything_is_computed_again():
     speculator.forget()
     assert answer(speculator, PROMPTS[2], 8)[0] == first
     assert [part.computed for part in (target, drafter.model, speculator.judge.scorer)] == [2 * n for n in seen]
-
-
-def test_the_judge_is_shown_what_it_is_said_to_be_shown():
-    seen = []
-
-    class Watching:
-        threshold = 0.5
-
-        def probabilities(self, context, draft, verifier, found):
-            seen.append(list(context))
-            return []
-
-    speculator = Speculator(Target(lively()), Stranger(), Watching())
-    ids = [
-        token for done in speculator.rounds([7, 8], 9, [], reads=lambda answer: [1, 2, *answer]) for token in done.ids
-    ]
-    assert seen and all(context[:2] == [1, 2] and context[2:] == ids[: len(context) - 2] for context in seen)

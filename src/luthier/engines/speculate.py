@@ -101,12 +101,8 @@ class Speculator:
         stop_ids: Iterable[int],
         *,
         repetition_penalty: float = 1.0,
-        reads: Reads | None = None,
     ) -> Iterator[Round]:
-        """The answer to a prompt, round by round: `room` tokens, or until the first stop token, which is the last.
-
-        reads: the context that the judge is shown, from the ids of the answer so far; None: prompt and answer.
-        """
+        """The answer to a prompt, round by round: `room` tokens, or until the first stop token, which is the last."""
         stops, answer = frozenset(stop_ids), []
         choose = _Choice(repetition_penalty)
         while room > 0:
@@ -120,8 +116,7 @@ class Speculator:
             matches = [mine == theirs for mine, theirs in zip(draft, verifier)]
             good = matches
             if self.judge is not None and not all(matches) and self.judge.threshold <= 1:
-                shown = ids if reads is None else reads(answer)
-                good = _accept(matches, self.judge.probabilities(shown, draft, verifier, seen), self.judge.threshold)
+                good = _accept(matches, self.judge.probabilities(ids, draft, verifier, seen), self.judge.threshold)
             clock.append(time.perf_counter())
             kept = next((i for i, fine in enumerate(good) if not fine), len(good))
             committed = until_stop([*draft[:kept], verifier[kept]], stops)
@@ -141,13 +136,6 @@ class Speculator:
         if self.drafter is None or count < 1:
             return []
         return until_stop(self.drafter.propose(ids, count).ids, stops)
-
-
-class Reads(Protocol):
-    """The context that a judge is shown."""
-
-    def __call__(self, answer: Sequence[int]) -> Sequence[int]:
-        """Ids, from those of the answer so far."""
 
 
 def until_stop(ids: Sequence[int], stops: Iterable[int]) -> list[int]:
