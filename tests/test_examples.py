@@ -30,6 +30,16 @@ FACTS = {
         "chat",
         [("generate", "do_sample", False), ("generate", "max_new_tokens", 64), ("template", "template", None)],
     ),
+    "collect.yaml": (
+        "collect",
+        [
+            ("generate", "do_sample", False),
+            ("speculate", "draft", "prompt_lookup"),
+            ("speculate", "draft_tokens", 5),
+            ("collect", "collect_scorer", "rerun"),
+            ("scorer_keys", "collect_samples", 1),
+        ],
+    ),
     "sft_lora.yaml": (
         "train",
         [
