@@ -25,7 +25,7 @@ from luthier.core.registry import find
 from luthier.core.types import Encoded, Example
 from luthier.data.cache import Printed, interactive
 from luthier.data.files import File, Row
-from luthier.data.groups import Groups
+from luthier.data.groups import PLACE, Groups
 from luthier.data.report import Tally
 from luthier.data.source import BadRow, Columns, Source
 from luthier.data.store import ITEMS, Origin, supervised, table, write
@@ -130,7 +130,7 @@ def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     tally, read = Tally(rows=len(ordinals)), []
     columns: dict[str, None] = {}
     for origin, place, row in job.rows(ordinals):
-        columns.update(dict.fromkeys(row))
+        columns.update(dict.fromkeys(name for name in row if name != PLACE))
         try:
             read.append((origin, place, job.read(row)))
         except BadRow as bad:
