@@ -1,0 +1,89 @@
+"""What every rule is told about the run, and the parameter groups they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+"""Names of `optim` that mean AdamW with states of full size."""
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Parameters without weight decay, by name, as in transformers' Trainer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The run an optimiser is for."""
+
+    args: TrainingArguments
+    adapter: bool
+    """What is trained is an adapter, not the model's own weights."""
+    pure_bf16: bool = False
+    """Trained weights are bfloat16."""
+
+    @property
+    def optim(self) -> str:
+        """transformers' name of the optimiser the rule is applied to."""
+        return str(getattr(self.args.optim, "value", self.args.optim))
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Keyword arguments of any Adam."""
+        args = self.args
+        return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that are trained, each once, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay is for."""
+    from torch import nn as layers
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [layers.LayerNorm], UNDECAYED))
+
+
+def groups(model: nn.Module, weight_decay: float, special: Callable[[str, Any], bool], **extra: Any) -> list[dict]:
+    """Parameter groups: the special ones (with `extra` beside them), the rest with weight decay, the rest without.
+
+    Empty groups are left out. Raises ConfigError where nothing is special.
+    """
+    decays = decayed(model)
+    chosen: dict[str, list] = {"special": [], "plain": [], "undecayed": []}
+    for name, parameter in trained(model):
+        where = "special" if special(name, parameter) else "plain" if name in decays else "undecayed"
+        chosen[where].append(parameter)
+    if not chosen["special"]:
+        raise ConfigError("The optimiser finds no weight matrix that it is for among those that are trained.")
+    made = [
+        {"params": chosen["special"], "weight_decay": weight_decay, **extra},
+        {"params": chosen["plain"], "weight_decay": weight_decay},
+        {"params": chosen["undecayed"], "weight_decay": 0.0},
+    ]
+    return [group for group in made if group["params"]]
+
+
+def matrices(model: nn.Module, key: str, wanted: str | list[str]) -> set[str]:
+    """Names of the weights of the linear modules that a list of module names means; all: every one but the head's."""
+    from luthier.model.modules import as_names, linear, matching
+
+    everything, names = linear(model), as_names(wanted)
+    return {f"{name}.weight" for name in (everything if "all" in names else matching(key, names, everything))}
+
+
+def one_of(task: Task, key: str, able: Iterable[str]) -> None:
+    """Raise ConfigError where `optim` is none of those that a rule can be applied to."""
+    able = list(able)
+    if task.optim not in able:
+        raise ConfigError(f"{key}: goes with optim: {', '.join(able)}, and this run has {task.optim}.")

@@ -1,0 +1,103 @@
+"""Which optimiser a run trains with: a rule of `optim/`, or what `optim` names in transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.errors import ConfigError
+from luthier.core.log import get_logger
+from luthier.core.registry import find
+from luthier.optim._task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+log = get_logger("train")
+
+PACKAGES: tuple[tuple[str, str, str], ...] = (
+    ("galore_", "galore_torch", "galore-torch"),
+    ("apollo_", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("adalomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free_", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("adamw_torch_4bit", "torchao", "torchao"),
+    ("adamw_torch_8bit", "torchao", "torchao"),
+    ("adamw_torch_xla", "torch_xla", "torch_xla"),
+    ("adamw_torch_npu", "torch_npu", "torch_npu"),
+    ("adamw_anyprecision", "torchdistx", "torchdistx"),
+    ("adamw_8bit", "bitsandbytes", "luthier[quant]"),
+    ("adamw_bnb", "bitsandbytes", "luthier[quant]"),
+    ("ademamix", "bitsandbytes", "luthier[quant]"),
+    ("lion_", "bitsandbytes", "luthier[quant]"),
+    ("paged_", "bitsandbytes", "luthier[quant]"),
+    ("rmsprop_bnb", "bitsandbytes", "luthier[quant]"),
+)
+"""What names of `optim` need: how they begin, the import name, what to ask pip for."""
+
+
+class Factory:
+    """What transformers' Trainer calls to make an optimiser of a model: an instance, with the model and a rule."""
+
+    def __call__(self, model: nn.Module, *, rule: Any, config: Any, task: Task) -> Optimizer:
+        """The optimiser of the rule's file."""
+        return rule.build(model, config, task)
+
+
+def choose(configs: Mapping[str, Any], task: Task) -> tuple[type[Factory], dict[str, Any]] | None:
+    """`optimizer_cls_and_kwargs` of the Trainer; None leaves it to transformers and `optim`.
+
+    configs: `Run.optim`, the keys of every file in optim/. Raises ConfigError for what is missing or contradicts.
+    """
+    rules = {name: find("optim", name) for name in configs}
+    asked = [name for name, rule in rules.items() if rule.wanted(configs[name], task)]
+    # Rounding at random is how AdamW works on bfloat16; a rule that is asked for by its own key comes first.
+    named = [name for name in asked if name != "stochastic"] or asked
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} are optimisers, and a run has one. Keep the keys of one of them.")
+    if task.pure_bf16 and named != ["stochastic"]:
+        log.warning(
+            "WARNING: pure_bf16 with %s: weights are rounded to the nearest bfloat16, so that updates below 1/256 of a "
+            "weight vanish. optim: adamw_torch rounds at random and loses none on average.",
+            named[0] if named else f"optim: {task.optim}",
+        )
+    if not named:
+        _check_named(task)
+        return None
+    rule = rules[named[0]]
+    for module, package in rule.PACKAGES.items():
+        _need(module, package, f"use_{named[0]}")
+    return Factory, {"rule": rule, "config": configs[named[0]], "task": task}
+
+
+def _check_named(task: Task) -> None:
+    """What transformers finds out only after data and model are loaded, or not at all."""
+    for start, module, package in PACKAGES:
+        if task.optim.startswith(start):
+            _need(module, package, f"optim: {task.optim}")
+    args = task.args
+    if task.optim.startswith(("galore_", "apollo_")):
+        if not args.optim_target_modules:
+            raise ConfigError(
+                f"optim: {task.optim} needs optim_target_modules, such as all-linear. The keys use_galore and "
+                "use_apollo choose them by themselves."
+            )
+        if args.weight_decay:
+            raise ConfigError(
+                f"weight_decay: transformers does not hand it to optim: {task.optim}. The keys use_galore and "
+                "use_apollo do; or set weight_decay: 0."
+            )
+    if task.optim.startswith("schedule_free_"):
+        if 0 < args.warmup_steps < 1:
+            raise ConfigError(f"warmup_steps: optim: {task.optim} wants a number of steps, not a share of all.")
+        if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "constant":
+            log.warning("optim: %s plans its own steps; lr_scheduler_type: constant suits it.", task.optim)
+
+
+def _need(module: str, package: str, key: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{key} needs the package {package}, which is not installed: pip install {package}")
