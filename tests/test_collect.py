@@ -298,12 +298,12 @@ def test_a_cut_within_a_character_counts_the_characters_before_it(tokenizer):
     [
         (["draft=null"], ["draft is not set", "prompt_lookup"]),
         (["num_beams=2"], ["num_beams: 2"]),
-        (["repetition_penalty=1.1"], ["repetition_penalty: 1.1"]),
+        (["repetition_penalty=1.1", "draft=null"], ["repetition_penalty: 1.1", "draft is not set"]),
         (["--holdout", "1"], ["--holdout 1.0"]),
         (["--holdout", "many"], ["--holdout many", "a number"]),
         (["collect_scorer=klr"], ["no scorer named 'klr'", "Did you mean 'kl'"]),
         (["collect_stride=-1"], ["collect_stride: -1"]),
-        (["collect_scorer=llm"], ["collect_llm_url"]),
+        (["collect_scorer=llm"], ["collect_llm_url", "collect_llm_model"]),
         (["collect_mismatches=some"], ["collect_mismatches", "first", "all"]),
     ],
 )
@@ -315,6 +315,16 @@ def test_what_makes_no_sense_is_said_before_a_model_is_loaded(
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answered(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Engine, "generate", lambda *a, **k: pytest.fail("something was answered"))
+    source = write(tmp_path / "in.jsonl", [{"prompt": "Hello"}, {"prompt": "one two " * 300}])
+    assert run(folder, source, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "row 2" in said and "no room for an answer" in said and "512" in said
 
 
 def test_a_folder_of_something_else_is_refused_and_kept(folder, source, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.core.errors import ConfigError, DataError, LuthierError
+from luthier.core.errors import ConfigError, DataError, LuthierError, refuse_all
 from luthier.core.log import get_logger
 from luthier.core.registry import names
 
@@ -130,6 +130,11 @@ class Collector:
             ids = self._renderer.prompt(example.prompt, system=example.system, tools=example.tools)
         except LuthierError as error:
             raise DataError(f"--input, row {row + 1}: {error}") from error
+        if self._sampling.room(len(ids), self._engine.context) < 1:
+            raise DataError(
+                f"--input, row {row + 1}: its {len(ids)} tokens leave no room for an answer: the model takes "
+                f"{self._engine.context}. Shorten the prompt or remove the row; nothing was answered."
+            )
         label = example.answers[0].messages[-1].content if example.answers else None
         return Question(row, user_text(example), ids, label)
 
@@ -214,15 +219,14 @@ def held_out(questions: Sequence[Question], share: float) -> list[bool]:
 def _refuse(run: Run, share: float) -> None:
     """Raise ConfigError for what does not go together."""
     drafters = ", ".join(names("drafters"))
-    for holds, what in (
+    rules = (
         (0 <= share < 1, f"--holdout {share}: must be at least 0 and below 1"),
         (run.speculate.draft is not None, f"draft is not set; say who drafts: {drafters}"),
         (run.generate.num_beams == 1, f"num_beams: {run.generate.num_beams} must be 1: rounds follow one answer"),
         (run.generate.repetition_penalty == 1, f"repetition_penalty: {run.generate.repetition_penalty} must be 1: a"
          " draft is held against what the model itself finds most probable"),
-    ):  # fmt: skip
-        if not holds:
-            raise ConfigError(what + ".")
+    )  # fmt: skip
+    refuse_all(f"{what}." for holds, what in rules if not holds)
 
 
 def _settings(run: Run, share: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from luthier.core.errors import ConfigError, ModelError
+from luthier.core.errors import ModelError, refuse_all
 from luthier.core.log import get_logger
 from luthier.scorers._endpoint import Endpoint, Memory, fingerprint
 from luthier.scorers._spot import UNSCORED, Scorer, Spot, Tools
@@ -70,20 +70,20 @@ class Config:
     """How often a request is made again that failed or met a busy server, after 1, 2, 4 ... seconds."""
 
     def __post_init__(self) -> None:
-        for key in ("collect_llm_url", "collect_llm_model"):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is not set; collect_scorer: llm needs to know which server and model to ask.")
         parts = urlsplit(self.collect_llm_url)
-        for holds, what in (
-            (parts.scheme in ("http", "https") and parts.netloc, f"collect_llm_url: {self.collect_llm_url!r} is no"
-             " address of a server, such as http://localhost:8000/v1"),
+        known = parts.scheme in ("http", "https") and parts.netloc
+        rules = (
+            (self.collect_llm_url, "collect_llm_url is not set; collect_scorer: llm needs to know which server to ask"),
+            (known or not self.collect_llm_url, f"collect_llm_url: {self.collect_llm_url!r} is no address of a server,"
+             " such as http://localhost:8000/v1"),
+            (self.collect_llm_model, "collect_llm_model is not set; collect_scorer: llm needs to know which model to"
+             " ask"),
             (self.collect_llm_workers >= 1, f"collect_llm_workers: {self.collect_llm_workers} must be 1 or more"),
             (0 < self.collect_llm_timeout < math.inf, f"collect_llm_timeout: {self.collect_llm_timeout} must be above"
              " 0"),
             (self.collect_llm_retries >= 0, f"collect_llm_retries: {self.collect_llm_retries} must be 0 or more"),
-        ):  # fmt: skip
-            if not holds:
-                raise ConfigError(what + ".")
+        )  # fmt: skip
+        refuse_all(f"{what}." for holds, what in rules if not holds)
 
 
 class Llm(Scorer):
