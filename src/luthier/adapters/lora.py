@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from luthier.adapters._place import find_place, put
 from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
+from luthier.model import pissa
 from luthier.model.modules import as_names, expanded_blocks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -87,6 +90,12 @@ def apply(model: PreTrainedModel, config: Config, *, also: tuple[str, ...], seed
         **place.settings,
     )
     return put(model, settings, place, key="lora_target", kind="LoRA", seed=seed)
+
+
+def finish(config: Config, folder: Path) -> None:
+    """The adapter of a PiSSA run as one for the model before training, if the run asks for it."""
+    if config.pissa_convert:
+        pissa.convert(folder)
 
 
 def _start(config: Config, model: PreTrainedModel) -> bool | str:

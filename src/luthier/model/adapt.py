@@ -102,6 +102,13 @@ def sidecars(model: nn.Module, config: AdapterConfig, model_config: ModelConfig)
     return [pissa.Start(model, folders[-1] if folders else None)]
 
 
+def finish(config: AdapterConfig, keys: Any, folder: Path) -> None:
+    """What is left to do with a trained adapter once it lies in `folder`: see `finish` of the file in adapters/."""
+    rounds_off = vars(find("adapters", config.finetuning_type)).get("finish")
+    if rounds_off is not None:
+        rounds_off(keys, folder)
+
+
 def adapter_folders(config: AdapterConfig, model_config: ModelConfig) -> list[Path]:
     """Where the adapters of `adapter_name_or_path` lie, fetched from the hub if need be, each checked to be one."""
     names = as_names(config.adapter_name_or_path)
