@@ -39,6 +39,40 @@ def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
     return bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len, complete=run.objective.complete)
 
 
+def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0) -> Any:
+    """The model that the run's keys describe, before any adapter: quantised, stretched, grown, as they say."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
+
+    from luthier.model.load import load_model
+
+    return load_model(
+        run.model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        quant=run.quant,
+        length=run.layout.cutoff_len,
+        sharded=bool(run.training.get("fsdp")) or is_fsdp_enabled() or is_deepspeed_zero3_enabled(),
+    )
+
+
+def choose_optimiser(run: Run, args: Any) -> Any:
+    """What the Trainer is told to make its optimiser with; None leaves it to `optim`. Raises ConfigError."""
+    from luthier.core.registry import find
+    from luthier.optim._task import Task
+    from luthier.train import optimiser
+
+    adapter = find("adapters", run.adapter.finetuning_type).IS_ADAPTER
+    return optimiser.choose(run.optim, Task(args, adapter=adapter, pure_bf16=run.train.pure_bf16))
+
+
+def in_half(run: Run) -> bool:
+    """Whether trained weights stay in 16 bits: the optimiser rounds at random, or keeps a copy of those it moves."""
+    return run.train.pure_bf16 or run.optim["badam"].use_badam
+
+
 def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **parts: Any) -> Trainer:
     """The Trainer of a run. parts: data sets, collator, callbacks, as `Trainer` takes them."""
     import transformers
@@ -75,7 +109,7 @@ def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> P
         if source is not None:
             heads.load(head, objective.head, source)
             log.info("The %s head of %s is taken up.", objective.head, source)
-    setup = PolicySetup(model, head=head)
+    setup = PolicySetup(model, head=head, router=run.model.moe_aux_loss_coef or 0.0)
     if "reference" in objective.frozen:
         # With dropout in the policy its first step would already differ from the reference (TRL switches it off too).
         silenced = without_dropout(model)
@@ -92,11 +126,14 @@ def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> P
 def weights(run: Run, args: transformers.TrainingArguments) -> Any:
     """The number format the model is loaded in: what is trained whole stays float32 unless `pure_bf16`.
 
-    Under bf16 the frozen base of an adapter is kept in bfloat16; the adapter itself is float32.
+    Under bf16 or fp16 the frozen base of an adapter is kept in that format; the adapter itself is float32.
     """
     import torch
 
     from luthier.core.registry import find
 
     frozen_base = find("adapters", run.adapter.finetuning_type).IS_ADAPTER
-    return torch.bfloat16 if run.train.pure_bf16 or (args.bf16 and frozen_base) else torch.float32
+    if run.train.pure_bf16:
+        return torch.bfloat16
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return half if frozen_base or in_half(run) else torch.float32

@@ -38,8 +38,7 @@ def fit(run: Run) -> Result:
     """Train (and evaluate) what `run` describes; everything it leaves behind lies in `output_dir`."""
     import transformers
 
-    from luthier.model.adapt import adapt, count_parameters
-    from luthier.model.load import load_model
+    from luthier.model.adapt import adapt, count_parameters, sidecars
     from luthier.train import config, report, rows
 
     logging.quiet_libraries()
@@ -47,11 +46,12 @@ def fit(run: Run) -> Result:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
     _one_device_each(args)
+    optimiser = choose_optimiser(run, args) if args.do_train else None
     resume = _resume_from(run, args)
     transformers.set_seed(args.seed)
 
     tokenizer, data = load_data(run, seed=args.seed)
-    model = load_model(run.model, tokenizer=tokenizer, dtype=weights(run, args), device=args.device, seed=args.seed)
+    model = load_base(run, tokenizer, dtype=weights(run, args), device=args.device, seed=args.seed)
     model = adapt(
         model,
         run.adapter,
@@ -59,7 +59,7 @@ def fit(run: Run) -> Result:
         model_config=run.model,
         trainable=run.objective.trains_backbone,
         seed=args.seed,
-        upcast=not run.train.pure_bf16,
+        upcast=not in_half(run),
     )
     setup = make_policy(run, model, args)
     log.info("%s", count_parameters(model))
@@ -68,7 +68,7 @@ def fit(run: Run) -> Result:
     laid_out = rows.lay_out(
         bundles(run, data.train, packing=packing or run.layout.neat_packing),
         setup,
-        wish=run.layout.layout,
+        wish="padded" if setup.router else run.layout.layout,
         batch_size=args.per_device_train_batch_size,
         pad_id=tokenizer.pad_token_id,
         columns=[column.name for column in run.objective.columns],
@@ -84,7 +84,8 @@ def fit(run: Run) -> Result:
         setup,
         args,
         tokenizer,
-        sidecars=[_config_writer(run)],
+        sidecars=[_config_writer(run), *sidecars(model, run.adapter, run.model)],
+        optimizer_cls_and_kwargs=optimiser,
         train_dataset=train,
         eval_dataset=evaluation.get("", evaluation or None),
         data_collator=collator,
@@ -99,6 +100,7 @@ def fit(run: Run) -> Result:
 def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
     from luthier.callbacks.progress import ProgressCallback
     from luthier.callbacks.stop_signals import StopSignals
+    from luthier.model.adapt import finish
     from luthier.train import report
 
     metrics: dict[str, float] = {}
@@ -113,6 +115,8 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
         if _stopped_by(trainer) is not None:
             return metrics
         trainer.save_final()
+        if trainer.is_world_process_zero():
+            finish(run.adapter, run.adapter_keys, Path(trainer.args.output_dir))
         trainer.save_metrics("train", outcome.metrics)
         trainer.save_state()
     if trainer.eval_dataset is not None and (trainer.args.do_eval or not trainer.args.do_train):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from luthier.export import ExportConfig
     from luthier.model.adapt import AdapterConfig
     from luthier.model.load import ModelConfig
+    from luthier.model.quantise import QuantConfig
     from luthier.model.reference import ReferenceConfig
 
 __all__ = ["OWNERS", "Run", "RunConfig", "Source", "resolve"]
@@ -51,6 +52,7 @@ class RunConfig:
 OWNERS: dict[str, str] = {
     "run": "luthier.run:RunConfig",
     "model": "luthier.model.load:ModelConfig",
+    "quant": "luthier.model.quantise:QuantConfig",
     "data": "luthier.data.source:DataConfig",
     "template": "luthier.data.template:TemplateConfig",
     "layout": "luthier.data.layout:LayoutConfig",
@@ -71,6 +73,9 @@ MEMBERS: dict[str, tuple[str, str, str]] = {
 }
 """Sections owned by the `Config` of one member of a family: the family, the key that names it, that key's section."""
 
+OPTIM = "optim."
+"""Sections that are the `Config` of a file in optim/ begin so; all of them are read, whichever a run asks for."""
+
 SECRET = ("_token", "_api_key", "_secret")
 """Keys that end so are never written down."""
 
@@ -86,12 +91,15 @@ class Run:
     """Name of the objective."""
     objective: Objective
     model: ModelConfig
+    quant: QuantConfig
     data: DataConfig
     template: TemplateConfig
     layout: LayoutConfig
     adapter: AdapterConfig
     adapter_keys: Any
     """The Config of adapters/FINETUNING_TYPE.py."""
+    optim: Mapping[str, Any]
+    """The Config of each file in optim/, by its name."""
     reference: ReferenceConfig
     train: TrainConfig
     training: dict[str, Any]
@@ -120,6 +128,7 @@ class Run:
         defaults = {key.name: key.default for key in training_keys().values() if key.rule is None}
         parts = {"run": {"stage": self.stage, "plugins": self.plugins}, "objective": _values(self.objective.config)}
         parts |= {name: _values(getattr(self, name)) for name in (*OWNERS, *MEMBERS) if name != "run"}
+        parts |= {f"{OPTIM}{name}": _values(config) for name, config in self.optim.items()}
         parts["training"] = defaults | self.training
         return parts
 
@@ -144,6 +153,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
         if member is not None:
             owners.append(owner(name, member.Config, f"{key} {kind}"))
     extra = is_true(os.environ.get("ALLOW_EXTRA_ARGS"))
+    owners += [owner(f"{OPTIM}{name}", module.Config, "optimiser") for name, module in _rules()]
     settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED, extra=extra)
     settled.problems.extend(misses)
     settled.problems.extend(contradictions(given, settled, stage=stage, objective=objective, verb=verb))
@@ -188,6 +198,12 @@ def objective_in(module: Any) -> type[Objective]:
     return found[0]
 
 
+def _rules() -> Iterator[tuple[str, Any]]:
+    """Every file in optim/ by its name."""
+    for name in registry.names("optim"):
+        yield name, registry.find("optim", name)
+
+
 def _member(given: Given, family: str, key: str, name: str, misses: list[Problem]) -> Any:
     try:
         return registry.find(family, name)
@@ -230,12 +246,14 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
         if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
             notes.append(f"max_steps ({training['max_steps']}) ends the run, whatever num_train_epochs says.")
     run_keys = sections.pop("run")
+    optim = {name.removeprefix(OPTIM): sections.pop(name) for name in list(sections) if name.startswith(OPTIM)}
     return Run(
         source=given.source,
         keys=given.values,
         stage=stage,
         objective=objective(sections.pop("objective")),
         training=training,
+        optim=optim,
         plugins=run_keys.plugins,
         notes=tuple(notes),
         warnings=tuple(warnings),

@@ -39,6 +39,10 @@ def sections() -> Iterator[Section]:
             config = objective_in(module).Config if family == "objectives" else module.Config
             if keys_of(config):
                 yield Section(f"{kind}: {name}", _intro(config), keys_of(config))
+    for name in registry.names("optim"):
+        config = registry.find("optim", name).Config
+        if keys_of(config):
+            yield Section(f"optimiser: {name}", _intro(config), keys_of(config))
     yield Section("training", "Keys of Hugging Face's TrainingArguments; the Trainer is theirs.", training_keys())
 
 

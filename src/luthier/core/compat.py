@@ -63,6 +63,8 @@ RENAMED: dict[str, Renamed] = {
     "warmup_ratio": Renamed("warmup_steps", _ratio, yields=True),
     "evaluation_strategy": Renamed("eval_strategy"),
     "no_cuda": Renamed("use_cpu"),
+    "enable_liger_kernel": Renamed("use_liger_kernel"),
+    "use_unsloth_gc": Renamed("activation_offload"),
     "per_gpu_train_batch_size": Renamed("per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size"),
     "push_to_hub_model_id": Renamed("hub_model_id"),
@@ -85,15 +87,11 @@ def _group(why: str, **accepts: Any) -> dict[str, Refused]:
 
 
 _MULTIMODAL = "images, video and audio are not supported yet; train on text only"
-_QUANT = "quantised models are not supported yet; load the model in bf16"
 _VLLM = "the vllm engine is not there yet; leave the key out, and answers come from transformers"
 _SGLANG = "the sglang engine is not there yet; leave the key out, and answers come from transformers"
 _KT = "ktransformers is not supported; leave the key out"
 _PPO = "belongs to stage ppo, which is not there yet"
 _REWARD = "a reward model is read by stage ppo only, which is not there yet"
-_GALORE = "use the optimisers of transformers: optim: galore_adamw with optim_target_modules and optim_args"
-_APOLLO = "use the optimisers of transformers: optim: apollo_adamw with optim_target_modules and optim_args"
-_BADAM = "BAdam is not supported; finetuning_type: freeze or lora saves memory too"
 _SWANLAB = "write report_to: swanlab; SwanLab's own environment variables (SWANLAB_PROJECT ...) set the rest"
 _RAY = "Ray is not supported yet; start the run with torchrun or accelerate launch"
 _PROFILER = "the profiler is not there yet; leave the key out"
@@ -104,10 +102,7 @@ _EVALUATION = "benchmarks are not there yet; leave the key out"
 _LOSS = "this loss is not there yet; leave the key out for plain cross-entropy"
 _PREDICT = "scoring generated answers is not there yet; write them with `luthier infer CONFIG`"
 _EXPORT_QUANT = "quantising on export is not supported yet; export first, then quantise with the tool of your choice"
-_PISSA = "PiSSA is not supported yet; leave the key out for LoRA's usual start"
-_LORAPLUS = "LoRA+ is not supported yet; leave the key out"
 _UNSLOTH = "Unsloth is not supported; leave the key out, Luthier shares prefixes and packs by itself"
-_OFT = "belongs to finetuning_type oft, which is not there yet; use lora"
 
 LLAMA_FACTORY: dict[str, Refused] = {
     # data
@@ -121,14 +116,8 @@ LLAMA_FACTORY: dict[str, Refused] = {
     # model
     "use_fast_tokenizer": Refused((True,), "transformers 5 has one tokenizer class per model; leave the key out"),
     "low_cpu_mem_usage": Refused((True,), "transformers 5 always loads this way; leave the key out"),
-    "new_special_tokens_config": Refused((None,), "not supported yet; list the tokens in add_special_tokens"),
-    "init_special_tokens": Refused(("noise_init",), "only noise_init is there: new rows are the mean plus noise"),
-    "rope_scaling": Refused((None,), "not supported yet; set rope parameters in the model folder's config.json"),
     "shift_attn": Refused((False,), "S2-Attention is not supported; leave the key out"),
     "mixture_of_depths": Refused((None,), "mixture of depths is not supported; leave the key out"),
-    "enable_liger_kernel": Refused((False,), "Liger kernels are not supported yet; leave the key out"),
-    "moe_aux_loss_coef": Refused((None,), "the router's auxiliary loss is not supported yet; leave the key out"),
-    "upcast_layernorm": Refused((False,), "not supported; trainable weights are float32 unless pure_bf16"),
     "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
     "infer_backend": Refused(("huggingface", "hf"), "only huggingface is there yet"),
     "visual_inputs": Refused((False,), _MULTIMODAL),
@@ -139,10 +128,8 @@ LLAMA_FACTORY: dict[str, Refused] = {
     "use_v1_kernels": Refused((False,), "not supported; leave the key out"),
     "ms_hub_token": Refused((None,), "ModelScope is not supported; download the model and name its folder"),
     "om_hub_token": Refused((None,), "Modelers is not supported; download the model and name its folder"),
-    **_group(_UNSLOTH, use_unsloth=False, use_unsloth_gc=False),
+    **_group(_UNSLOTH, use_unsloth=False),
     # quantisation, other engines
-    **_group(_QUANT, quantization_method="bnb", quantization_bit=None, quantization_type="nf4"),
-    **_group(_QUANT, double_quantization=True, quantization_device_map=None),
     **_group(_EXPORT_QUANT, export_quantization_bit=None, export_quantization_dataset=None),
     **_group(_EXPORT_QUANT, export_quantization_nsamples=128, export_quantization_maxlen=1024),
     "export_legacy_format": Refused((False,), "models are always saved as safetensors; leave the key out"),
@@ -157,25 +144,12 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_KT, kt_optimize_rule=None, cpu_infer=32, chunk_size=8192, mode="normal", kt_maxlen=4096),
     **_group(_KT, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False),
     # adapters
-    **_group(_PISSA, pissa_init=False, pissa_iter=16, pissa_convert=False),
-    **_group(_LORAPLUS, loraplus_lr_ratio=None, loraplus_lr_embedding=1e-6),
-    **_group(_OFT, module_dropout=0, oft_rank=0, oft_block_size=32, oft_target="all"),
-    "use_llama_pro": Refused((False,), "expanded blocks are not supported yet; leave the key out"),
     # stages to come
     **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
     **_group(_REWARD, reward_model_adapters=None, reward_model_quantization_bit=None),
     **_group(_REWARD, reward_model_type="lora"),
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
     # optimisers
-    **_group(_GALORE, use_galore=False, galore_target="all", galore_rank=16, galore_update_interval=200),
-    **_group(_GALORE, galore_scale=2.0, galore_proj_type="std", galore_layerwise=False),
-    **_group(_APOLLO, use_apollo=False, apollo_target="all", apollo_rank=16, apollo_update_interval=200),
-    **_group(_APOLLO, apollo_scale=32, apollo_proj="random", apollo_proj_type="std", apollo_scale_type="channel"),
-    **_group(_APOLLO, apollo_layerwise=False, apollo_scale_front=False),
-    **_group(_BADAM, use_badam=False, badam_mode="layer", badam_start_block=None, badam_switch_mode="ascending"),
-    **_group(_BADAM, badam_switch_interval=50, badam_update_ratio=0.05, badam_mask_mode="adjacent", badam_verbose=0),
-    "use_adam_mini": Refused((False,), "Adam-mini is not supported yet; use optim: adamw_torch"),
-    "use_muon": Refused((False,), "Muon is not supported yet; use optim: adamw_torch"),
     # trackers, launchers, profiling
     **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),

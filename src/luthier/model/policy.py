@@ -82,6 +82,8 @@ class PolicySetup:
     autocast: Callable[[], Any] = contextlib.nullcontext
     head: nn.Module | None = None
     """What `verdict` asks; attached to the model by `model.heads`."""
+    router: float = 0.0
+    """Weight of the router's load-balancing loss of a mixture of experts, in training; 0 is none."""
     reference: Any = None
     """What `reference` asks: a `model.reference.Reference`."""
     tap: HiddenTap = field(init=False)
@@ -91,6 +93,11 @@ class PolicySetup:
         head = self.model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(self.model).__name__} has no output head; Luthier trains causal language models.")
+        if self.router and "output_router_logits" not in self.model.config.get_text_config().to_dict():
+            raise ModelError(
+                f"moe_aux_loss_coef: {type(self.model).__name__} is no mixture of experts whose router can be asked. "
+                "Leave the key out."
+            )
         self.tap = HiddenTap(head)
         self.implementation = attention.install(self.model)
 
@@ -120,6 +127,7 @@ class ModelPolicy:
         self._model = model
         self._asked: tuple[Batch, Scores] | None = None
         self._seen: tuple[Batch, Tensor] | None = None
+        self._balance: Tensor | None = None
 
     def logps(self, batch: Batch) -> Tensor:
         """log p(token | its path), float [E]."""
@@ -156,6 +164,24 @@ class ModelPolicy:
         assert self._setup.reference is not None, "the objective did not declare frozen = ('reference',)"
         return self._setup.reference.logps(batch)
 
+    @property
+    def _balances(self) -> bool:
+        return bool(self._setup.router) and self._setup.model.training
+
+    def router_loss(self, batch: Batch) -> Tensor | None:
+        """This micro-batch's share of the router's load-balancing loss, weighted; None where there is none.
+
+        That loss is a product of means, so it is taken over each micro-batch, as transformers does; the shares are
+        those of the step's examples.
+        """
+        if not self._balances:
+            return None
+        self._flat(batch)
+        assert self._balance is not None, "the model gave no load-balancing loss"
+        examples = len(batch.names)
+        share = examples / max((batch.totals or {}).get("group", examples), 1)
+        return self._setup.router * share * self._balance
+
     def _judge(self, batch: Batch, at: Tensor) -> Tensor:
         head, flat = self._setup.head, self._flat(batch)
         assert head is not None, "the objective did not declare a head"
@@ -176,9 +202,12 @@ class ModelPolicy:
             plan = attention.choose(batch, backend=setup.backend)
             dtype = setup.model.get_input_embeddings().weight.dtype
             masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
+            if self._balances:
+                masks = _with_router(batch, plan, masks)
             with setup.tap.opened() as tap:
-                self._model(input_ids=batch.ids, use_cache=False, **masks)
+                output = self._model(input_ids=batch.ids, use_cache=False, **masks)
                 hidden = tap.hidden
+            self._balance = output.aux_loss if self._balances else None
             assert hidden is not None, "the output head was not called"
             self._seen = (batch, hidden.reshape(-1, hidden.shape[-1]))
         return self._seen[1]
@@ -220,6 +249,18 @@ class ModelPolicy:
         with torch.no_grad():
             hit = (logits.argmax(-1) == labels).to(logp.dtype) if len(labels) else logp.detach()
         return logp, mean, hit
+
+
+def _with_router(batch: Batch, plan: attention.Plan, masks: dict[str, Any]) -> dict[str, Any]:
+    """Forward arguments that make a mixture of experts return its load-balancing loss, padding left out.
+
+    Shared and packed rows would count tokens otherwise than one sequence a row does.
+    """
+    if plan.kind != "plain":
+        raise ModelError(f"moe_aux_loss_coef needs padded rows, and these are {batch.layout}. Set layout: padded.")
+    # A padded row is one chain: its first token's `end` is the row's length.
+    real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.end[:, :1]
+    return masks | {"attention_mask": real.long(), "output_router_logits": True}
 
 
 def _vocabulary(model: nn.Module) -> int:

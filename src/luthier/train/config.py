@@ -35,12 +35,16 @@ class TrainConfig:
     disable_shuffling: bool = False
     """Train rows in the order of the data set."""
     pure_bf16: bool = False
-    """Keep trainable weights in bfloat16 too: half the memory, coarser updates."""
+    """Keep trained weights and AdamW's moments in bfloat16 too: half the memory. Updates are rounded at random, so that
+    small ones are not lost on average."""
     disable_gradient_checkpointing: bool | None = None
     """Whether to keep all activations instead of computing them twice. Unset: true on a CPU, where recomputing
     costs 1.4 times the time, and false on accelerators."""
     use_reentrant_gc: bool = False
     """Use PyTorch's older, reentrant form of gradient checkpointing."""
+    activation_offload: bool = False
+    """Keep what gradient checkpointing saves in the host's memory until the backward pass needs it: less memory on the
+    accelerator, slower steps. Switches gradient checkpointing on."""
     verify_layout: bool = True
     """Compare the first batch with the plain computation, one sequence at a time, and fall back to padded rows if
     the model's architecture does not honour the layout."""
@@ -92,6 +96,8 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
         # TensorBoard's callback in transformers 5 takes its folder from nowhere else.
         os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
     keys = {name: value for name, value in training.items() if name not in DELIVERED}
+    if keys.get("use_liger_kernel"):
+        keys["liger_kernel_config"] = liger_settings(keys.get("liger_kernel_config"))
     if keys.get("resume_from_checkpoint") in (True, False):
         del keys["resume_from_checkpoint"]
     keys = {"report_to": "none", **keys, "disable_tqdm": True, "remove_unused_columns": False, **changes}
@@ -99,6 +105,24 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
         return TrainingArguments(**keys)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses these training keys: {error}") from error
+
+
+def liger_settings(given: Mapping[str, bool] | None) -> dict[str, bool]:
+    """What Liger is told: every kernel but those of the loss, which Luthier computes itself, in chunks.
+
+    Raises ConfigError where Liger cannot run.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("use_liger_kernel: the package is not installed: pip install liger-kernel")
+    if not has_accelerator():
+        raise ConfigError("use_liger_kernel: Liger's kernels run on GPUs, and there is none. Leave the key out.")
+    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    if wrong := [name for name in own if (given or {}).get(name)]:
+        raise ConfigError(
+            f"liger_kernel_config: {wrong[0]} would never be used: log-probs come from hidden states at supervised "
+            "tokens alone, in chunks, without logits of the whole row. Leave it out."
+        )
+    return own | dict(given or {})
 
 
 def _cpu_precision(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -> TrainConfig:
@@ -125,14 +149,15 @@ def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
     if wish is None and train.disable_gradient_checkpointing is not None:
         wish = not train.disable_gradient_checkpointing
     if wish is None:
-        wish = not keys.get("use_cpu")
-        if wish:
+        wish = not keys.get("use_cpu") or train.activation_offload
+        if wish and not train.activation_offload:
             notes.append("gradient checkpointing is on; where memory allows, disable_gradient_checkpointing is faster.")
     keys[name] = wish
     options = [keys.pop(f"{key}_kwargs", None) for key in ("activation_checkpointing", "gradient_checkpointing")]
     if wish:
         given = next((value for value in options if value is not None), None)
-        keys[f"{name}_kwargs"] = {"use_reentrant": train.use_reentrant_gc} if given is None else given
+        own = {"use_reentrant": train.use_reentrant_gc} | ({"offload": True} if train.activation_offload else {})
+        keys[f"{name}_kwargs"] = own if given is None else own | given
 
 
 def _purpose(keys: dict[str, Any], notes: list[str]) -> None:

@@ -21,7 +21,6 @@ _LOADER = "rows are loaded by Luthier's own loader, which decides this; leave th
 _FULL_EVAL = "evaluation runs in the precision of training; leave the key out"
 _UPLOAD = "pushing to the hub is not supported yet; when the run is done, upload its folder with `hf upload`"
 _COMPILE = "torch.compile is not supported yet; leave the key out"
-_LIGER = "Liger kernels are not supported yet; logits are computed in chunks anyway"
 _LENGTHS = "rows of like length are put together by the planner itself; leave the key out"
 
 RULES: dict[str, Refused] = {
@@ -29,8 +28,6 @@ RULES: dict[str, Refused] = {
     "torch_compile": Refused((False,), _COMPILE),
     "torch_compile_backend": Refused((None,), _COMPILE),
     "torch_compile_mode": Refused((None,), _COMPILE),
-    "use_liger_kernel": Refused((False,), _LIGER),
-    "liger_kernel_config": Refused((None,), _LIGER),
     "use_cache": Refused((False,), "a key-value cache has no use in training; leave the key out"),
     "auto_find_batch_size": Refused((False,), "not supported; lower per_device_train_batch_size or cutoff_len"),
     "eval_do_concat_batches": Refused((True,), _PREDICTIONS),
@@ -67,6 +64,15 @@ DIFFERS: dict[str, str] = {
     "bf16, fp16": "on a CPU without native half precision the run computes in float32 and says so",
     "disable_gradient_checkpointing": "unset, checkpointing is on on accelerators and off on a CPU",
     "use_reentrant_gc": "false by default: with frozen embeddings the reentrant form can lose gradients",
+    "enable_liger_kernel": "Liger's kernels but those of the loss, which Luthier computes in chunks anyway",
+    "flash_attn": "training attends by Luthier's own masks, except with `disabled`; the rest as it says",
+    "init_special_tokens": "desc_init without new_special_tokens_config is an error instead of noise_init",
+    "module_dropout": "refused above 0: peft's OFT does not apply it",
+    "pissa_convert": "without it, pissa_init/ beside the adapter keeps it exact for every command of Luthier",
+    "pure_bf16": "AdamW rounds at random; optimisers that round to the nearest get a warning",
+    "quantization_bit": "a model that is stored quantised refuses it instead of ignoring it",
+    "rope_scaling": "the factor is ceil(cutoff_len / the model's length) everywhere; LLaMA-Factory takes 2 in inference",
+    "use_unsloth_gc": "the same as activation_offload, by PyTorch's own hooks",
     "do_train": "`luthier train` trains unless do_train is false; LLaMA-Factory wants it said",
     "packing, neat_packing": "the same thing: packed examples never see each other, and cutoff_len stays as written",
     "remove_unused_columns": "false; a batch has no columns",

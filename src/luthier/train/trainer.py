@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from luthier.core.batch import Batch
 from luthier.core.errors import TrainingError
+from luthier.model.policy import ModelPolicy
 from luthier.core.objective import Objective
 from luthier.model import heads
 from luthier.model.head_only import HeadOnly, HeadOnlySetup
@@ -151,6 +152,9 @@ class Trainer(transformers.Trainer):
     def _ask(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = self.setup.bind(model)
         loss, logs = self.objective.loss(policy, batch)
+        router = policy.router_loss(batch) if isinstance(policy, ModelPolicy) else None
+        if router is not None:
+            loss, logs = loss + router, {**logs, "router_loss": router}
         # A stage with a head does not train the model's words; its own accuracy is that of its judgements.
         if not self.accuracy or self.objective.head is not None:
             return loss, dict(logs)
