@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import predictions
-from luthier.assemble import bundles, load_data, make_policy, make_trainer, weights
+from luthier.assemble import bundles, choose_optimiser, in_half, load_base, load_data, make_policy, make_trainer, weights
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
