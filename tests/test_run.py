@@ -58,11 +58,12 @@ def test_every_llama_factory_key_is_owned_renamed_or_refused():
 def test_every_llama_factory_default_passes():
     run = resolve(BASE | LLAMA_FACTORY | {"dataset": "mine"})
     assert run.adapter_keys.lora_rank == 8
-    # Defaults of freeze in a lora run, and of preferences in an sft run, are the only keys without effect.
+    # Defaults of freeze and oft in a lora run, and of preferences in an sft run, are the only keys without effect.
+    rotations = ["module_dropout", "oft_rank", "oft_block_size", "oft_target"]
     silent = [warning.removeprefix("the given keys: ").split()[0] for warning in run.warnings]
     preferences = ["pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing"]
     preferences += ["kto_chosen_weight", "kto_rejected_weight", "simpo_gamma"]
-    assert sorted(silent) == sorted(["freeze_trainable_layers", "freeze_trainable_modules", *preferences])
+    assert sorted(silent) == sorted(["freeze_trainable_modules", *rotations, *preferences])
 
 
 @pytest.mark.parametrize("key", sorted(key for key in LLAMA_FACTORY if key in REFUSED and REFUSED[key].why))
@@ -158,7 +159,7 @@ def test_one_error_for_typo_type_and_conflict(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(
         "model_name_or_path: x\ndataset: d\noutput_dir: o\n\nlerning_rate: 1e-4\ncutoff_len: long\n"
-        "eval_strategy: steps\nbf16: true\nfp16: true\nstage: stf\nuse_galore: true\n"
+        "eval_strategy: steps\nbf16: true\nfp16: true\nstage: stf\nshift_attn: true\n"
     )
     with pytest.raises(ConfigError) as caught:
         resolve(path, ["finetuning_type=loar"])
@@ -167,7 +168,7 @@ def test_one_error_for_typo_type_and_conflict(tmp_path):
         f"{path}:5: lerning_rate: no such key; did you mean 'learning_rate'?",
         f"{path}:6: cutoff_len: expected a whole number, got 'long'.",
         f"{path}:10: stage: There is no stage named 'stf'. Did you mean 'sft'? There are: ",
-        f"{path}:11: use_galore: use the optimisers of transformers",
+        f"{path}:11: shift_attn: S2-Attention is not supported",
         "command line: finetuning_type: There is no adapter named 'loar'. Did you mean 'lora'?",
         f"{path}:9: fp16: bf16 and fp16 are both true.",
         f"{path}:7: eval_strategy: asks for evaluation",

@@ -71,7 +71,7 @@ DIFFERS: dict[str, str] = {
     "pissa_convert": "without it, pissa_init/ beside the adapter keeps it exact for every command of Luthier",
     "pure_bf16": "AdamW rounds at random; optimisers that round to the nearest get a warning",
     "quantization_bit": "a model that is stored quantised refuses it instead of ignoring it",
-    "rope_scaling": "the factor is ceil(cutoff_len / the model's length) everywhere; LLaMA-Factory takes 2 in inference",
+    "rope_scaling": "the factor is ceil(cutoff_len / the model's length) in inference too; LLaMA-Factory takes 2 there",
     "use_unsloth_gc": "the same as activation_offload, by PyTorch's own hooks",
     "do_train": "`luthier train` trains unless do_train is false; LLaMA-Factory wants it said",
     "packing, neat_packing": "the same thing: packed examples never see each other, and cutoff_len stays as written",
