@@ -40,6 +40,16 @@ FACTS = {
             ("scorer_keys", "collect_samples", 1),
         ],
     ),
+    "llama3_1_8b_lora_sft_accept_head.yaml": (
+        "train",
+        [
+            ("adapter_keys", "lora_rank", 8),
+            ("adapter", "additional_target", None),
+            ("training", "gradient_accumulation_steps", 8),
+            ("training", "bf16", True),
+            ("layout", "cutoff_len", 2048),
+        ],
+    ),
     "sft_lora.yaml": (
         "train",
         [
@@ -156,6 +166,8 @@ def test_the_stage_follows_the_file(monkeypatch):
     assert resolve(EXAMPLES / "pt_full.yaml").stage == "pt"
     assert resolve(EXAMPLES / "sft_lora.yaml").stage == "sft"
     assert resolve(EXAMPLES / "sft_freeze.yaml").objective.config.mask_history is True
+    rounds = resolve(EXAMPLES / "llama3_1_8b_lora_sft_accept_head.yaml")
+    assert (rounds.stage, rounds.objective.config.accept_layout) == ("accept_head", "sep")
     rm, disco = (resolve(EXAMPLES / name) for name in ("rm_lora.yaml", "disco_rm.yaml"))
     assert (rm.stage, rm.objective.config.rm_center) == ("rm", 0.01)
     assert (disco.stage, disco.objective.config.disco_noise) == ("disco_rm", 1.702)

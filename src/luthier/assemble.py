@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
 
 if TYPE_CHECKING:
     import transformers
 
     from luthier.data.encode import Prepared
+    from luthier.data.source import DataConfig
     from luthier.model.policy import PolicySetup
     from luthier.run import Run
+    from luthier.train.rows import Rows
     from luthier.train.sampler import Bundles
     from luthier.train.trainer import Trainer
 
@@ -20,16 +24,22 @@ log = get_logger("fit")
 
 def load_data(run: Run, *, seed: int) -> tuple[Any, Prepared]:
     """The tokenizer, and the rows as the stage wants them: read, encoded, mixed and split."""
+    tokenizer, data = read_data(run, run.data, seed=seed)
+    log.info("%s", data.report)
+    return tokenizer, data
+
+
+def read_data(run: Run, data: DataConfig, *, seed: int) -> tuple[Any, Prepared]:
+    """As `load_data`, of other data than the run's own, in silence."""
+    from luthier.data.bare import Bare
     from luthier.data.encode import prepare
     from luthier.data.template import make_renderer
     from luthier.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
-    renderer = make_renderer(run.template, tokenizer)
+    renderer: Any = make_renderer(run.template, tokenizer) if run.objective.renders else Bare(tokenizer)
     run.objective.start(renderer)
-    data = prepare(run.data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
-    log.info("%s", data.report)
-    return tokenizer, data
+    return tokenizer, prepare(data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
 
 
 def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
@@ -37,6 +47,24 @@ def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
     from luthier.train.rows import bundle
 
     return bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len, complete=run.objective.complete)
+
+
+def lay_out(
+    run: Run, examples: Bundles, setup: PolicySetup, tokenizer: Any, *, batch_size: int, noisy: bool = False
+) -> Rows:
+    """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch."""
+    from luthier.train import rows
+
+    return rows.lay_out(
+        examples,
+        setup,
+        wish="padded" if setup.router else run.layout.layout,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_token_id,
+        columns=[column.name for column in run.objective.columns],
+        noisy=noisy,
+        check=run.train.verify_layout,
+    )
 
 
 def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0) -> Any:
@@ -93,8 +121,13 @@ def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **part
     return trainer
 
 
-def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> PolicySetup:
-    """The model with the head and the reference its objective asks for."""
+def make_policy(
+    run: Run, model: Any, args: transformers.TrainingArguments, *, head_from: Path | None = None
+) -> PolicySetup:
+    """The model with the head and the reference its objective asks for.
+
+    head_from: the folder whose head is taken up; None: that of the adapters or of the model, if one has any.
+    """
     from luthier.model import heads
     from luthier.model.policy import PolicySetup
     from luthier.model.reference import make_reference, without_dropout
@@ -105,7 +138,7 @@ def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> P
         head = heads.attach(model, objective.head, objective.config, seed=args.seed)
         for line in objective.announces:
             log.info("%s", line)
-        source = head_folder(run)
+        source = head_from or head_folder(run)
         if source is not None:
             heads.load(head, objective.head, source)
             log.info("The %s head of %s is taken up.", objective.head, source)
@@ -121,6 +154,15 @@ def make_policy(run: Run, model: Any, args: transformers.TrainingArguments) -> P
             if run.keys.get(key):
                 log.warning("%s has no effect: stage %s compares with no reference model.", key, run.stage)
     return setup
+
+
+def one_device_each(args: transformers.TrainingArguments) -> None:
+    """Raise ConfigError where one process would have to serve several accelerators."""
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} accelerators are visible to one process. Start one process for each with `torchrun "
+            f"--nproc_per_node {args.n_gpu} -m luthier ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def weights(run: Run, args: transformers.TrainingArguments) -> Any:

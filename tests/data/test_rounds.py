@@ -9,13 +9,13 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.core.registry import find
+from luthier.data.bare import Bare
 from luthier.data.encode import prepare
 from luthier.data.groups import PLACE
 from luthier.data.source import BadRow, Columns, DataConfig
 from luthier.objectives.accept_head import SCORE, AcceptHead, AcceptHeadConfig, overhang
 from luthier.objectives.sft import Sft
 from tests.conftest import build_tokenizer
-from tests.exact.test_accept_head import Bare
 
 CONTEXT = {"user_text": "What is it?", "assistant_text": " hello world goodbye hello world"}
 GOOD = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from luthier.data.bare import Bare
 from luthier.data.encode import prepare
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
@@ -56,16 +57,6 @@ def some_rounds(seed: int, count: int) -> list[dict]:
             }
         )
     return rows
-
-
-class Bare:
-    """All that this stage wants of a template: its tokenizer."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def fingerprint(self) -> str:
-        return "bare"
 
 
 def write(folder, rows) -> str:

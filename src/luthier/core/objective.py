@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from luthier.core.types import Column, Encoded, Example, Message
+from luthier.core.types import Column, Encoded, Example, Message, Reply
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,16 @@ class Renderer(Protocol):
         differently. Raises TemplateError for orders of roles the template cannot render.
         """
 
+    def branches(
+        self, messages: Sequence[Message], *, system: str = "", tools: str = ""
+    ) -> list[list[tuple[list[int], list[int]]]]:
+        """A whole conversation as branches of (prompt ids, response ids); each response stands in one of them, in
+        order, after exactly what the model is given when it is to say it.
+
+        One branch where the template shows the past as it was. Where it rewrites it (thoughts vanish from history),
+        the next response begins a branch of its own, whose first prompt holds all of the history.
+        """
+
     def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> tuple[list[int], list[int]]:
         """(everything before the last message, the last message), as ids."""
 
@@ -46,6 +56,9 @@ class Renderer(Protocol):
 
     def document(self, text: str) -> list[int]:
         """A pre-training document: its ids, with bos where the tokenizer adds one, and eos."""
+
+    def reply(self, text: str, *, tools: str = "") -> Reply:
+        """What a model answered, taken apart: thought, text, calls of tools. `tools`: the definitions it was given."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -87,6 +100,8 @@ class Objective(ABC):
     """Companions to load beside the policy: "reference", "reward"."""
     columns: ClassVar[tuple[Column, ...]] = ()
     """Per-token values beyond labels."""
+    renders: ClassVar[bool] = True
+    """Whether rows are messages, which a chat template turns into ids."""
     packs: ClassVar[bool] = False
     """Whether `packing` is on when the user does not say."""
     report: ClassVar[str] = ""

@@ -70,6 +70,7 @@ class AcceptHead(Objective):
 
     Config = AcceptHeadConfig
     answers = (0, 0)
+    renders = False
     head = "accept"
     columns = (Column(SCORE, "float64"),)
     report = "acceptance"
