@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from luthier.core import log as logging
-from luthier.core.tree import grow
-from luthier.core.types import Encoded, Path
+from luthier.core.errors import ConfigError
+from luthier.core.types import Encoded
+from luthier.core.types import Path as TokenPath
 from luthier.run import Run, resolve
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from luthier.data.encode import Prepared
     from luthier.data.source import DataConfig
 
 log = logging.get_logger("preview")
 
+PICTURE = "lengths.png"
+"""What `--plot` draws, in output_dir."""
+WIDE = 100_000
+
 
 def prepare_data(run: Run, data: DataConfig) -> tuple[Any, Prepared]:
     """The tokenizer of a run, and its data encoded as training would encode them."""
-    from luthier.data.encode import prepare
-    from luthier.data.template import make_renderer
-    from luthier.model.tokenizer import load_tokenizer
+    from luthier.assemble import read_data
 
-    tokenizer = load_tokenizer(run.model)
-    renderer = make_renderer(run.template, tokenizer)
-    run.objective.start(renderer)
-    seed = int(run.training.get("seed", 42))
-    return tokenizer, prepare(data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
+    return read_data(run, data, seed=int(run.training.get("seed", 42)))
 
 
 def rows_of(run: Run, count: int | None) -> tuple[Any, Prepared, Iterator[tuple[int, Encoded, str]]]:
@@ -57,7 +58,7 @@ def as_json(row: int, encoded: Encoded, columns: Sequence[str]) -> dict[str, Any
     return {"row": row, "branches": [_branch(path, columns) for path in encoded.paths]}
 
 
-def _branch(path: Path, columns: Sequence[str]) -> dict[str, Any]:
+def _branch(path: TokenPath, columns: Sequence[str]) -> dict[str, Any]:
     labels: list[Any] = [
         token if weight and i else -100 for i, (token, weight) in enumerate(zip(path.ids, path.weights))
     ]
@@ -68,63 +69,65 @@ def _branch(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     return {"name": path.name, "input_ids": path.ids, "labels": labels, "score": score}
 
 
-def as_text(tokenizer: Any, row: int, encoded: Encoded, origin: str) -> Text:
-    """One example for people: what is trained in green, what is only read dimmed, a shared beginning shown once."""
-    from rich.text import Text
-
-    tree, nodes = grow([path.ids for path in encoded.paths])
-    total = sum(len(path.ids) for path in encoded.paths)
-    shared = f", {total - len(tree)} of them shared" if total > len(tree) else ""
-    cut = f", {encoded.truncated} cut away" if encoded.truncated else ""
-    text = Text(f"row {row}  {origin}  {total} tokens{shared}{cut}\n", style="bold")
-    shown: set[int] = set()
-    for path, at in zip(encoded.paths, nodes):
-        trained = sum(1 for weight in path.weights[1:] if weight)
-        score = "" if math.isnan(path.score) else f", score {path.score:g}"
-        text.append(f"{path.name}: {len(path.ids)} tokens, {trained} trained{score}\n", style="cyan")
-        skipped = sum(1 for node in at.tolist() if node in shown)
-        if skipped:
-            text.append(f"[{skipped} tokens as above] ", style="magenta")
-        for start, stop, weight in _stretches(path, skipped):
-            piece = tokenizer.decode(path.ids[start:stop], skip_special_tokens=False)
-            style = "dim" if not weight else "green" if weight == 1 else "yellow"
-            text.append(piece, style=style)
-        text.append("\n")
-        shown.update(at.tolist())
-    return text
+def chosen(which: np.ndarray, count: int) -> list[int]:
+    """The examples to show: the first ones, of each data set in turn. which: int [N], the data set of each example."""
+    queues = [np.flatnonzero(which == nth).tolist() for nth in np.unique(which)]
+    turns = [index for turn in itertools.zip_longest(*queues) for index in turn if index is not None]
+    return turns[:count]
 
 
-def _stretches(path: Path, start: int) -> Iterator[tuple[int, int, float]]:
-    """(start, stop, weight) of neighbouring tokens of the same weight."""
-    while start < len(path.ids):
-        stop = start + 1
-        while stop < len(path.ids) and path.weights[stop] == path.weights[start]:
-            stop += 1
-        yield start, stop, path.weights[start]
-        start = stop
+def write_json(run: Run, rows: int | None) -> None:
+    """One JSON object per example on stdout, and nothing else."""
+    _, _, examples = rows_of(run, rows)
+    columns = [column.name for column in run.objective.columns]
+    for row, encoded, _ in examples:
+        sys.stdout.write(json.dumps(as_json(row, encoded, columns)) + "\n")
+
+
+def show(run: Run, *, rows: int, count: int, plot: str | bool, full: bool) -> None:
+    """Examples, counters and lengths on the terminal. count: rows of each data set that are read, 0 for all."""
+    from rich.console import Console
+
+    from luthier import preview_counts, preview_view
+
+    if plot:
+        preview_counts.check_drawing()
+    tokenizer, prepared, _ = rows_of(run, max(count, rows) if count else None)
+    examples = prepared.train
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Nothing is broken or cropped on the way into a file.
+        console = Console(highlight=False, width=WIDE)
+    column = next((column.name for column in run.objective.columns), None)
+    look = preview_view.Look.of(console, tokenizer, full=full, column=column)
+    console.print(preview_view.legend(look))
+    for index in chosen(examples.which, rows):
+        encoded, origin = run.objective.complete(index, examples)
+        console.print(preview_view.example(look, examples.row(index), encoded, origin), "")
+    limit = max(count, rows) if count else None
+    console.print(preview_counts.counters(prepared.report, limit))
+    console.print(preview_counts.histogram(examples.longest, run.layout.cutoff_len, ascii_only=look.ascii))
+    if plot:
+        where = Path(plot) if isinstance(plot, str) else Path(run.training.get("output_dir") or ".") / PICTURE
+        drawn = preview_counts.draw(examples.longest, run.layout.cutoff_len, where)
+        console.print(f"Drawn: {drawn}", soft_wrap=True)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`luthier preview CONFIG [key=value ...] [--rows N] [--format text|jsonl]`."""
-    from rich.console import Console
-
+    """`luthier preview CONFIG`; its flags are in `luthier preview --help`."""
     from luthier.cli import parse_command
 
     command = parse_command(argv, "preview")
+    flags = command.flags
+    for name in ("rows", "count"):
+        if flags[name] is not None and flags[name] < 0:
+            raise ConfigError(f"--{name} {flags[name]}: expected 0 or more.")
     run = resolve(command.config, command.overrides, verb="preview")
     for warning in run.warnings:
         log.warning("%s", warning)
-    machine = command.flags["format"] == "jsonl"
-    rows = command.flags["rows"]
-    tokenizer, prepared, examples = rows_of(run, rows if rows is not None or machine else 3)
-    columns = [column.name for column in run.objective.columns]
-    if machine:
-        for row, encoded, _ in examples:
-            sys.stdout.write(json.dumps(as_json(row, encoded, columns)) + "\n")
-        return 0
-    console = Console(soft_wrap=True)
-    for row, encoded, origin in examples:
-        console.print(as_text(tokenizer, row, encoded, origin))
-    console.print("green: trained   dim: read only   yellow: trained with another weight than 1", style="bold")
-    console.print(prepared.report)
+    if flags["format"] == "jsonl":
+        write_json(run, flags["rows"])
+    else:
+        rows = 3 if flags["rows"] is None else flags["rows"]
+        show(run, rows=rows, count=flags["count"], plot=flags["plot"], full=flags["full"])
     return 0
