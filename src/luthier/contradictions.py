@@ -21,7 +21,8 @@ from luthier.train.config import TrainConfig, trains
 from luthier.train.sense import Complaint, complaints
 
 TRAINS = ("train", "check")
-NEEDS_DATA = (*TRAINS, "preview")
+EVALUATES = (*TRAINS, "eval")
+NEEDS_DATA = (*EVALUATES, "preview")
 REFERENCE_FREE = ("orpo", "simpo")
 
 
@@ -253,6 +254,7 @@ def _all(keys: Keys, settled: Settled, objective: type[Objective] | None, verb: 
         training, train = settled.sections.get("training", {}), settled.sections.get("train", TrainConfig())
         yield from complaints(training, train)
         yield from _evaluates_nothing(keys, training)
+    if verb in EVALUATES:
         yield from _predicts(keys, objective)
 
 
@@ -276,6 +278,6 @@ def _predicts(keys: Keys, objective: type[Objective] | None) -> Iterator[Complai
     """do_predict with a stage that has nothing to say about an answer."""
     if objective is None or not keys["do_predict"] or keys.on("predict_with_generate"):
         return
-    if objective.record is Objective.record:
+    if objective.record is Objective.record and objective.rows is Objective.rows:
         text = f"stage {keys['stage']} does not judge answers. To write answers to a file of prompts: luthier infer"
         yield ("do_predict",), f"{text} CONFIG."

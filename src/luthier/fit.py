@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import predictions
-from luthier.assemble import bundles, choose_optimiser, in_half, load_base, load_data, make_policy, make_trainer, weights
+from luthier.assemble import (
+    bundles,
+    choose_optimiser,
+    in_half,
+    lay_out,
+    load_base,
+    load_data,
+    make_policy,
+    make_trainer,
+    one_device_each,
+    weights,
+)
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
@@ -39,13 +50,13 @@ def fit(run: Run) -> Result:
     import transformers
 
     from luthier.model.adapt import adapt, count_parameters, sidecars
-    from luthier.train import config, report, rows
+    from luthier.train import config, report
 
     logging.quiet_libraries()
     if run.train.plot_loss:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
-    _one_device_each(args)
+    one_device_each(args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
     resume = _resume_from(run, args)
     transformers.set_seed(args.seed)
@@ -65,15 +76,13 @@ def fit(run: Run) -> Result:
     log.info("%s", count_parameters(model))
 
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
-    laid_out = rows.lay_out(
+    laid_out = lay_out(
+        run,
         bundles(run, data.train, packing=packing or run.layout.neat_packing),
         setup,
-        wish="padded" if setup.router else run.layout.layout,
+        tokenizer,
         batch_size=args.per_device_train_batch_size,
-        pad_id=tokenizer.pad_token_id,
-        columns=[column.name for column in run.objective.columns],
         noisy=bool(args.neftune_noise_alpha),
-        check=run.train.verify_layout,
     )
     evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
     train, collator = laid_out.train, laid_out.collator
@@ -175,14 +184,6 @@ def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
         if entry["step"] == trainer.state.global_step:
             found |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     return found or None
-
-
-def _one_device_each(args: transformers.TrainingArguments) -> None:
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"{args.n_gpu} accelerators are visible to one process. Start one process for each with `torchrun "
-            f"--nproc_per_node {args.n_gpu} -m luthier train ...`, or show it one with CUDA_VISIBLE_DEVICES=0."
-        )
 
 
 def _resume_from(run: Run, args: transformers.TrainingArguments) -> str | None:

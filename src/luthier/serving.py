@@ -86,11 +86,16 @@ def find_run(config: str | Path, overrides: Sequence[str] = (), *, verb: str) ->
     folder = Path(config).expanduser()
     if not folder.is_dir():
         return resolve(config, overrides, verb=verb)
+    return as_trained(resolve(left_in(folder), overrides, verb=verb), folder)
+
+
+def left_in(folder: Path) -> Path:
+    """The configuration that `luthier train` left behind in a folder. Raises ConfigError if there is none."""
     if not (folder / RESOLVED).is_file():
         raise ConfigError(
             f"{folder} was not left behind by `luthier train`: there is no {RESOLVED}. Give the YAML file instead."
         )
-    return as_trained(resolve(folder / RESOLVED, overrides, verb=verb), folder)
+    return folder / RESOLVED
 
 
 def as_trained(run: Run, folder: Path) -> Run:
@@ -100,7 +105,7 @@ def as_trained(run: Run, folder: Path) -> Run:
     if _head_alone(folder):
         return replace(run, training={**run.training, "output_dir": str(folder)})
     if not (folder / "adapter_config.json").is_file():
-        return replace(run, model=replace(run.model, model_name_or_path=str(folder)))
+        return replace(run, model=replace(run.model, model_name_or_path=str(folder), train_from_scratch=False))
     earlier = as_names(run.adapter.adapter_name_or_path)
     # Training went on with the last of the earlier adapters, unless it was merged and a new one made.
     merged = earlier if run.adapter.create_new_adapter else earlier[:-1]

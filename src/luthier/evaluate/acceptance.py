@@ -228,10 +228,10 @@ def _draw(folder: Path, rounds: Rounds, found: Findings) -> None:
 def _tell(found: Findings) -> None:
     from rich.console import Console
 
-    console = Console(width=100, highlight=False)
+    console = Console(width=100, color_system=None)
     with console.capture() as capture:
-        console.print(_judged(found), _decoded(found), sep="\n")
-    log.info("%s", capture.get().rstrip())
+        console.print(_judged(found), _told_apart(found), _decoded(found), sep="\n")
+    log.info("%s", "\n".join(line.rstrip() for line in capture.get().splitlines()))
     for note in found.notes:
         log.info("%s", note)
     if "threshold" in found.metrics:
@@ -248,8 +248,17 @@ def _judged(found: Findings) -> Table:
     for name, value in found.metrics.items():
         if name in found.macro:
             table.add_row(name, f"{value:.4f}", f"{found.macro[name]['mean']:.4f}")
-        elif "roc_auc" in name and not name.startswith("macro_"):
-            table.add_row(name, f"{value:.4f}", "")
+    return table
+
+
+def _told_apart(found: Findings) -> Table:
+    """ROC-AUC of the head and of what the target says itself, with the interval of the difference."""
+    metrics = found.metrics
+    table = _columns("accept or reject", "ROC-AUC", "head better by (95 %)")
+    for name in found.rankings if found.rankings["head"].defined else ():
+        auc, over = ("roc_auc", "") if name == "head" else (f"{name}_roc_auc", f"roc_auc_over_{name}")
+        low, high = (metrics.get(f"{over}_{end}") for end in ("low", "high"))
+        table.add_row(name, f"{metrics[auc]:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     return table
 
 
