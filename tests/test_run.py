@@ -59,7 +59,7 @@ def test_every_llama_factory_default_passes():
     run = resolve(BASE | LLAMA_FACTORY | {"dataset": "mine"})
     assert run.adapter_keys.lora_rank == 8
     # Defaults of freeze and oft in a lora run, and of preferences in an sft run, are the only keys without effect.
-    rotations = ["module_dropout", "oft_rank", "oft_block_size", "oft_target"]
+    rotations = ["oft_rank", "oft_block_size", "oft_target"]
     silent = [warning.removeprefix("the given keys: ").split()[0] for warning in run.warnings]
     preferences = ["pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing"]
     preferences += ["kto_chosen_weight", "kto_rejected_weight", "simpo_gamma"]
@@ -240,7 +240,7 @@ def test_keys_that_do_not_go_together(keys, words):
 
 @pytest.mark.parametrize(
     "keys, words",
-    [({"val_size": 0.1}, "val_size keeps rows"), ({"freeze_trainable_layers": 3}, "finetuning_type freeze")],
+    [({"val_size": 0.1}, "val_size keeps rows"), ({"freeze_trainable_modules": "mlp"}, "finetuning_type freeze")],
 )
 def test_keys_without_effect_warn(keys, words):
     assert any(words in warning for warning in resolve(BASE | keys).warnings)

@@ -144,12 +144,14 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_KT, kt_optimize_rule=None, cpu_infer=32, chunk_size=8192, mode="normal", kt_maxlen=4096),
     **_group(_KT, kt_use_cuda_graph=True, kt_mode="normal", kt_force_think=False),
     # adapters
+    "module_dropout": Refused((0,), "peft's OFT layers keep the number and never drop a block; leave the key out"),
     # stages to come
     **_group(_PPO, ppo_buffer_size=1, ppo_epochs=4, ppo_score_norm=False, ppo_target=6, ppo_whiten_rewards=False),
     **_group(_REWARD, reward_model_adapters=None, reward_model_quantization_bit=None),
     **_group(_REWARD, reward_model_type="lora"),
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
     # optimisers
+    "apollo_layerwise": Refused((False,), "updates inside the backward pass cannot be clipped; leave the key out"),
     # trackers, launchers, profiling
     **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),

@@ -67,7 +67,6 @@ DIFFERS: dict[str, str] = {
     "enable_liger_kernel": "Liger's kernels but those of the loss, which Luthier computes in chunks anyway",
     "flash_attn": "training attends by Luthier's own masks, except with `disabled`; the rest as it says",
     "init_special_tokens": "desc_init without new_special_tokens_config is an error instead of noise_init",
-    "module_dropout": "refused above 0: peft's OFT does not apply it",
     "pissa_convert": "without it, pissa_init/ beside the adapter keeps it exact for every command of Luthier",
     "pure_bf16": "AdamW rounds at random; optimisers that round to the nearest get a warning",
     "quantization_bit": "a model that is stored quantised refuses it instead of ignoring it",
