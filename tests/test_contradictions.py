@@ -67,6 +67,7 @@ THEIRS = [
     ({"quantization_bit": 4, "pissa_init": True}, {}, "train"),
     ({"quantization_bit": 4, "quantization_device_map": "auto"}, {"quantization_device_map": None}, "train"),
     ({"export_quantization_bit": 4, "export_dir": "x"}, {"export_dir": "x"}, "export"),
+    ({"quantization_bit": 4, "export_dir": "x"}, {"export_dir": "x"}, "export"),
     ({"image_max_pixels": 10, "image_min_pixels": 20}, {}, "train"),
     ({"video_max_pixels": 10, "video_min_pixels": 20}, {}, "train"),
     ({"use_galore": True, "use_apollo": True, **FULL}, FULL, "train"),
@@ -102,6 +103,9 @@ OURS = [
     ({"use_dft_loss": True, "stage": "dpo"}, {"stage": "dpo"}),
     ({"use_eaft_loss": True, "stage": "dpo"}, {"stage": "dpo"}),
     ({"use_asft_loss": True, "stage": "dpo"}, {"stage": "dpo"}),
+    ({"moe_aux_loss_coef": 0.01, "packing": True}, {"moe_aux_loss_coef": 0.01}),
+    ({"moe_aux_loss_coef": 0.01, "layout": "shared"}, {"moe_aux_loss_coef": 0.0, "layout": "shared"}),
+    ({"activation_offload": True, "disable_gradient_checkpointing": True}, {"activation_offload": True}),
 ]
 ALL = [*THEIRS, *((broken, mended, "train") for broken, mended in OURS)]
 
