@@ -111,7 +111,6 @@ def test_what_it_cannot_stand_on():
     [
         ({"oft_rank": 4}, "oft_block_size: 0 to set oft_rank"),
         ({"oft_block_size": 0}, "one of them must be above 0"),
-        ({"module_dropout": 0.1}, "module_dropout: 0.1 would change nothing"),
         ({"oft_target": ""}, "oft_target is empty"),
     ],
 )

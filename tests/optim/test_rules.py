@@ -236,7 +236,6 @@ def test_adam_mini_keeps_one_second_moment_per_head():
 @pytest.mark.parametrize(
     ("rule", "keys", "words"),
     [
-        (apollo, {"apollo_layerwise": True}, "apollo_layerwise"),
         (badam, {"use_badam": True, "badam_switch_mode": "fixed"}, "badam_start_block"),
         (badam, {"badam_update_ratio": 0.0}, "badam_update_ratio: 0.0"),
     ],

@@ -28,8 +28,6 @@ class Config:
     """Rows of each block, where oft_rank is 0; lowered where it does not divide a module's width."""
     oft_target: str | list[str] = "all"
     """Modules that get a rotation: names such as q_proj,v_proj, or all linear modules except the output head."""
-    module_dropout: float = 0.0
-    """Share of the blocks that are left out in a training step; 0 is all that peft can do."""
 
     def __post_init__(self) -> None:
         if self.oft_rank < 0 or self.oft_block_size < 0 or not (self.oft_rank or self.oft_block_size):
@@ -40,11 +38,6 @@ class Config:
             raise ConfigError(
                 f"oft_rank: {self.oft_rank} blocks decide their size themselves, and oft_block_size is "
                 f"{self.oft_block_size}. Write oft_block_size: 0 to set oft_rank."
-            )
-        if self.module_dropout:
-            raise ConfigError(
-                f"module_dropout: {self.module_dropout} would change nothing: peft's OFT layers keep the number and "
-                "never drop a block. Leave it out."
             )
         if not as_names(self.oft_target):
             raise ConfigError("oft_target is empty; name modules, such as q_proj,v_proj, or say all.")

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from luthier.core.errors import ConfigError
 from luthier.optim._projected import readable
 from luthier.optim._task import ADAMW, Task, groups, matrices, one_of
 
@@ -38,17 +37,8 @@ class Config:
     """Which side of a gradient is projected; std: the shorter."""
     apollo_scale_type: Literal["channel", "tensor"] = "channel"
     """One learning rate for each channel, or one for a whole weight."""
-    apollo_layerwise: bool = False
-    """Update each weight in the middle of the backward pass; not supported."""
     apollo_scale_front: bool = False
     """Limit the norm of an update before it is scaled, instead of after."""
-
-    def __post_init__(self) -> None:
-        if self.apollo_layerwise:
-            raise ConfigError(
-                "apollo_layerwise: updates inside the backward pass cannot be clipped or resumed. Leave it out; "
-                "galore_layerwise exists where memory decides."
-            )
 
 
 def wanted(config: Config, task: Task) -> bool:
