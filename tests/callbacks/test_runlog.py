@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 import torch
@@ -91,16 +92,22 @@ def test_lines_are_there_at_once_and_only_from_rank_zero(tmp_path):
     assert lines(tmp_path)[0]["loss"] == 1.0
 
 
-def test_tokens_go_on_counting_over_a_resume(tmp_path):
-    clock = Clock()
+def test_a_full_disk_does_not_end_the_run_and_no_line_is_lost(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("luthier.train.runlog.log.warning", lambda text, *values: said.append(text % values))
     log = RunLog(tmp_path)
-    for step, tokens in ((1, 100), (2, 200), (3, 300)):
-        entry = log.entry({"loss": 1.0, "tokens": tokens, "tokens_per_second": 7.5}, step=step, total=4, clock=clock)
-        log.append(entry)
-    resumed = RunLog(tmp_path, resumed_step=2)
-    resumed.append(resumed.entry({"loss": 1.0, "tokens": 100}, step=3, total=4, clock=clock))
-    assert [(line["current_steps"], line["total_tokens"]) for line in lines(tmp_path)] == [(1, 100), (2, 200), (3, 300)]
-    assert lines(tmp_path)[0]["throughput"] == 7.5
+    log.append({"current_steps": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # From here on the system writes ten bytes more, half a line, and then refuses.
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / NAME).stat().st_size + 10, hard))
+    try:
+        log.append({"current_steps": 2})
+        log.append({"current_steps": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and "cannot be written" in said[0]
+    log.append({"current_steps": 4})
+    assert [line["current_steps"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_what_is_not_finite_is_null_and_every_line_is_json(tmp_path):

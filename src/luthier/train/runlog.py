@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from luthier.core.log import get_logger
+
+log = get_logger("log")
 
 NAME = "trainer_log.jsonl"
 
@@ -52,24 +55,40 @@ class RunLog:
         self.path = Path(folder) / NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_up_to(self.path, resumed_step) if resumed_step > 0 else []
-        self._tokens_before = max((line.get("total_tokens", 0) for line in kept), default=0)
         aside = self.path.with_name(NAME + ".tmp")
         with aside.open("w", encoding="utf-8") as file:
             file.writelines(_to_line(line) for line in kept)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self.path)
+        self._size = self.path.stat().st_size
+        self._waiting: list[bytes] = []
 
     def append(self, line: Mapping[str, object]) -> None:
-        """Add one object; it is on its way to the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_to_line(line))
+        """Add one object; it is on its way to the disk when this returns.
+
+        A disk that is full does not end the run: lines wait until there is room, and half a line is taken back.
+        """
+        first = not self._waiting
+        self._waiting.append(_to_line(line).encode())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                self._size = min(self._size, file.tell())
+                file.truncate(self._size)
+                data = b"".join(self._waiting)
+                written = file.write(data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if first:
+                log.warning("WARNING: %s cannot be written (%s). Its lines wait for the next try.", self.path, error)
+            return
+        self._size += len(data)
+        self._waiting.clear()
 
     def entry(self, logs: Mapping[str, object], *, step: int, total: int, clock: Clock) -> dict[str, object]:
         """What the loop logged, as a line: the usual names first, then whatever the objective measured."""
         numbers = {_RENAMED.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)}
-        if "total_tokens" in numbers:
-            numbers["total_tokens"] += self._tokens_before
         remaining = clock.remaining(step, total)
         known: dict[str, object] = numbers | {
             "percentage": round(step / total * 100, 2) if total else 100.0,
@@ -101,7 +120,7 @@ def _lines_up_to(path: Path, step: int | None) -> list[dict]:
             line = json.loads(text)
         except json.JSONDecodeError:
             # A killed run leaves half a line at the end; anywhere else somebody wrote into the file.
-            get_logger("log").warning("%s line %d is not JSON and is left out: %.60s", path, number, text)
+            log.warning("%s line %d is not JSON and is left out: %.60s", path, number, text)
             continue
         if step is None or line["current_steps"] <= step:
             lines.append(line)

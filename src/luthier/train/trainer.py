@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from luthier.core.batch import Batch
 from luthier.core.errors import TrainingError
 from luthier.model.policy import ModelPolicy
-from luthier.core.objective import Objective
-from luthier.model import heads
-from luthier.model.head_only import HeadOnly, HeadOnlySetup
-from luthier.model.policy import PolicySetup
 from luthier.train import checkpoint
 from luthier.train.by_hand import survey
+from luthier.train.resuming import Resuming
 from luthier.train.sampler import Bundles, EpochLoader, RankSampler
 
-Sidecar = Callable[[Path], None]
-"""Writes something into a folder that is being saved: the config file, a head."""
 
+class Trainer(Resuming):
+    """Trains whatever `objective` asks for; `Saving` and `Resuming` are its other parts.
 
-class Trainer(transformers.Trainer):
-    """Trains whatever `objective` asks for.
-
-    setup: the policy of `model`. sidecars: called with every folder that is saved, checkpoint or final. shuffle: new
-    order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second. Datasets are
-    `Bundles`; the collator gives {"batch": Batch}.
+    shuffle: new order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second.
+    Datasets are `Bundles`; the collator gives {"batch": Batch}.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        *,
-        setup: PolicySetup | HeadOnlySetup,
-        objective: Objective,
-        sidecars: Sequence[Sidecar] = (),
-        shuffle: bool = True,
-        accuracy: bool = False,
-        effective: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(model=setup.model, **kwargs)
-        self.setup, self.objective, self.sidecars = setup, objective, tuple(sidecars)
-        self.shuffle, self.accuracy, self.effective = shuffle, accuracy, effective
-        setup.autocast = self.accelerator.autocast
-        setup.label_smoothing = self.args.label_smoothing_factor
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, *, shuffle: bool = True, accuracy: bool = False, effective: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.shuffle, self.accuracy, self.meter.effective = shuffle, accuracy, effective
+        self.setup.autocast = self.accelerator.autocast
+        self.setup.label_smoothing = self.args.label_smoothing_factor
         self._eval_totals: dict[int, dict[str, float]] = {}
-        self._clock = (time.perf_counter(), 0, 0.0)
-        self.tokens_seen, self.trained_seen, self._steps_to_log = 0, 0.0, 0
 
     # Data: every rank asks for its own micro-batches, so accelerate must not shard them again.
 
@@ -100,10 +75,8 @@ class Trainer(transformers.Trainer):
         counts = _counts(batches)
         totals = self._over_ranks(counts) | self._survey(batches)
         computed = int(totals.pop("computed"))
-        self.tokens_seen += computed
-        self.trained_seen += totals["token"]
+        self.meter.begin(computed, totals["token"])
         self.state.num_input_tokens_seen += computed
-        self._steps_to_log += 1
         return totals
 
     def _survey(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -129,8 +102,7 @@ class Trainer(transformers.Trainer):
         loss, logs = self._ask(model, batch)
         if not torch.isfinite(loss):
             raise TrainingError(self._non_finite(f"The loss is {loss.item()}", batch.names))
-        for name, value in logs.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+        self.meter.add(logs)
         return loss * self.args.world_size
 
     def _non_finite(self, what: str, rows: Sequence[str]) -> str:
@@ -163,20 +135,12 @@ class Trainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's logs and the throughput since the last time to transformers' own."""
         if "loss" in logs:
-            steps = max(self._steps_to_log, 1)
-            sums = self._over_ranks({name: float(value) for name, value in self._sums.items()}) if self._sums else {}
-            logs |= {name: value / steps for name, value in sums.items()} | self._throughput()
-            self._sums, self._steps_to_log = {}, 0
+            logs["loss"] = self.meter.of_loss(logs["loss"])
+            logs |= self.meter.take(self._over_ranks)
+        if "train_loss" in logs:
+            # Of the whole run, also where this process only finished it.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
-
-    def _throughput(self) -> dict[str, float]:
-        then, tokens, trained = self._clock
-        self._clock = (time.perf_counter(), self.tokens_seen, self.trained_seen)
-        seconds = max(self._clock[0] - then, 1e-9)
-        logs = {"tokens": self.tokens_seen, "tokens_per_second": (self.tokens_seen - tokens) / seconds}
-        if self.effective:
-            logs["effective_tokens_per_second"] = (self.trained_seen - trained) / seconds
-        return logs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 N T, the usual estimate: T tokens computed by N parameters, forward and backward."""
@@ -227,97 +191,6 @@ class Trainer(transformers.Trainer):
         for inputs in self._loader(dataset, self.args.eval_batch_size, shuffle=False):
             batch = inputs["batch"].to(self.args.device)
             yield from zip(batch.names, self.objective.rows(self.setup.bind(), batch))
-
-    # Checkpoints: complete or absent.
-
-    def _save_checkpoint(self, model, trial) -> None:
-        final = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
-        staged = checkpoint.aside(final)
-        self.store_flos()
-        if self.state.best_global_step:
-            best = final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
-            if best == final or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        with checkpoint.guarded(staged, f"checkpoint {self.state.global_step}"):
-            self.save_model(str(staged), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staged))
-                self._save_scaler(str(staged))
-                self._save_rng_state(str(staged))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._save_state(staged)
-                checkpoint.publish(staged, final)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(
-                self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-
-    def save_final(self) -> None:
-        """Save the trained model into output_dir itself, or say clearly why that did not work."""
-        folder = Path(self.args.output_dir)
-        staged = checkpoint.aside(folder / "model")
-        with checkpoint.guarded(staged, "the trained model"):
-            self.save_model(str(staged))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish_into(staged, folder)
-                heads.drop_others(folder, self.objective.head)
-
-    def _save_state(self, folder: Path) -> None:
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, transformers.trainer_callback.ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / checkpoint.STATE))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        head = self.setup.head
-        if self._head_only:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-        else:
-            state_dict = state_dict if head is None else heads.without_head(self.model, state_dict)
-            super()._save(str(folder), state_dict)
-        if self.args.should_save:
-            if head is not None and self.objective.head is not None:
-                facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
-                own = self.objective.facts(self.processing_class)
-                heads.save(head, self.objective.head, folder, {**facts, **own})
-            # A pickle of the arguments; the config files say the same in the open.
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            for write in self.sidecars:
-                write(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if not self._head_only:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_head(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if not self._head_only:
-            super()._load_best_model()
-        self._load_head(self.state.best_model_checkpoint)
-
-    @property
-    def _head_only(self) -> bool:
-        """Whether the head is all there is: its weights are then all that is saved."""
-        return isinstance(self.model, HeadOnly)
-
-    def _load_head(self, folder: str) -> None:
-        if self.setup.head is not None and self.objective.head is not None:
-            heads.load(self.setup.head, self.objective.head, folder)
-
-    @property
-    def objective_name(self) -> str:
-        """The file in objectives/ that the objective comes from."""
-        return type(self.objective).__module__.rpartition(".")[2]
 
 
 def _counts(batches: Sequence[Batch]) -> dict[str, float]:

@@ -1,0 +1,172 @@
+"""The part of the Trainer that goes on from a checkpoint: bitwise where the run would have been without the break."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.trainer_callback import ExportableState
+
+from luthier.train import checkpoint, loop_state
+from luthier.train.loop_state import LoopState, Postpones
+from luthier.train.meter import Meter
+from luthier.train.saving import Saving, whole
+
+EPOCHS, STEPS_PER_EPOCH, MAX_STEPS = 0, 1, 6
+"""Where they stand in what `set_initial_training_values` returns."""
+
+
+class Resuming(Saving):
+    """A Trainer that knows its place: in the data, in the log, in what callbacks count."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.meter = Meter()
+        self.bad_in_a_row = 0
+        """Steps skipped since the last good one."""
+        self.fits: int | None = None
+        """Most rows of a micro-batch that fit into memory, where that was found out."""
+        self._resume: str | None = None
+        self._to_pick_up: str | None = None
+        self._epoch = self._micro_batches = 0
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step, over all processes."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As transformers' own; a checkpoint that is being written when training ends is waited for."""
+        self._resume = self._to_pick_up = resume_from_checkpoint
+        if resume_from_checkpoint:
+            # That evaluation came before the first step of all, and is in the log.
+            self.args.eval_on_start = False
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._settle(together=False)
+
+    def _stored(self) -> LoopState | None:
+        """What the checkpoint says of the loop."""
+        if self._resume is None:
+            return None
+        return loop_state.load(self._resume, self.args.process_index, self.args.world_size)
+
+    def _resized(self) -> LoopState | None:
+        """The same, if its steps had another size than those of this run: then steps do not tell the place."""
+        state = self._stored()
+        return state if state is not None and state.rows_per_step != self.rows_per_step else None
+
+    # Place in the data
+
+    def set_initial_training_values(self, args, dataloader):
+        """How many steps there are, with those that were taken counted as they were."""
+        values = list(super().set_initial_training_values(args, dataloader))
+        state = self._resized()
+        if state is not None:
+            taken = checkpoint.step_in(Path(str(self._resume)))
+            begun = state.rows // self.rows_per_step
+            if args.max_steps > 0:
+                rest = args.max_steps - taken
+                values[EPOCHS] = state.epoch + math.ceil((begun + rest) / values[STEPS_PER_EPOCH])
+            else:
+                values[MAX_STEPS] += taken - (state.epoch * values[STEPS_PER_EPOCH] + begun)
+        return tuple(values)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        place = super()._init_training_state(*args, **kwargs)
+        state = self._resized()
+        if state is not None and not self.args.ignore_data_skip:
+            # Whole steps of this run's size: at most one step's rows are seen again.
+            place = state.epoch, state.rows // self.rows_per_step * self.args.gradient_accumulation_steps
+        self._epoch, self._micro_batches = place
+        return place
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["epoch"] != self._epoch:
+            self._epoch, self._micro_batches = kwargs["epoch"], 0
+        self._pick_up()
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            # The run was done when it was killed; transformers would take one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, counted."""
+        samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batches += len(samples)
+        return samples, totals
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._pick_up()
+        self._settle()
+        return super()._finalize_training(*args, **kwargs)
+
+    # Everything else
+
+    def loop_state(self) -> LoopState:
+        """What a resumed run needs to know of the loop."""
+        ended = whole(self.state.epoch)
+        trained = self._micro_batches * self._train_batch_size * self.args.world_size
+        callbacks = self.callback_handler.callbacks
+        return LoopState(
+            world=self.args.world_size,
+            rows_per_step=self.rows_per_step,
+            epoch=self._epoch + ended,
+            rows=0 if ended else trained,
+            loss=float(self._tr_loss),
+            total_loss=self._total_loss_scalar,
+            logged_step=self._globalstep_last_logged,
+            meter=self.meter.state(),
+            bad_in_a_row=self.bad_in_a_row,
+            fits=self.fits,
+            owes_evaluation=any(c.owes_evaluation for c in callbacks if isinstance(c, Postpones)),
+            finished=self.stops_by_evaluation,
+        )
+
+    def _pick_up(self) -> None:
+        """Once, before the first step: random numbers, sums, callbacks, and an evaluation that is still owed."""
+        folder, self._to_pick_up = self._to_pick_up, None
+        if folder is None:
+            return
+        self._restore_numbers(Path(folder))
+        state = self._stored()
+        if state is None:
+            return
+        self._tr_loss += state.loss
+        self._total_loss_scalar, self._globalstep_last_logged = state.total_loss, state.logged_step
+        if state.meter:
+            self.meter.restore(state.meter)
+        self.bad_in_a_row, self.fits = state.bad_in_a_row, state.fits
+        self._restore_callbacks()
+        if state.owes_evaluation:
+            better = self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            if better and self.args.save_strategy == "best":
+                self._save_checkpoint(self.model, None)
+        self.control.should_training_stop |= state.finished
+
+    def _restore_callbacks(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                stored = self.state.stateful_callbacks.get(type(callback).__name__, {})
+                for name, value in stored.get("attributes", {}).items():
+                    setattr(callback, name, value)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: `_pick_up` did it before the first micro-batch was asked for, which may itself draw numbers."""
+
+    def _restore_numbers(self, folder: Path) -> None:
+        """The state of all random number generators."""
+        super()._load_rng_state(str(folder))
+        world, rank = self.args.world_size, self.args.process_index
+        if not (folder / ("rng_state.pth" if world == 1 else f"rng_state_{rank}.pth")).is_file():
+            # Another number of processes: any numbers do, as long as they are the same each time.
+            seed = self.args.seed + 1_000_003 * (self.state.global_step + 1) + rank
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)

@@ -1,0 +1,305 @@
+"""The part of the Trainer that saves: checkpoints complete or absent, at once or beside training.
+
+A checkpoint stands for everything that happened up to its step, evaluations and lines of the log included, so that
+nothing is lost or done twice by going on from it (`resuming.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState
+
+from luthier.core import manifest
+from luthier.core.log import get_logger
+from luthier.core.objective import Objective
+from luthier.model import heads
+from luthier.model.head_only import HeadOnly, HeadOnlySetup
+from luthier.model.policy import PolicySetup
+from luthier.train import checkpoint, runlog
+from luthier.train.loop_state import LoopState
+from luthier.train.writer import Writer, snapshot
+
+log = get_logger("train")
+
+Sidecar = Callable[[Path], None]
+"""Writes something into a folder that is being saved: the config file, a head."""
+
+
+class _EpochEnds(transformers.TrainerCallback):
+    """Tells the end of an epoch from the end of its last step."""
+
+    over = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.over = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.over = True
+
+
+class Saving(transformers.Trainer):
+    """transformers.Trainer whose checkpoints survive being killed, full disks and damage.
+
+    setup, objective: whose weights and head are saved. sidecars: called with every folder that is saved, checkpoint or
+    final. async_save: write checkpoints beside training.
+    """
+
+    def __init__(
+        self,
+        *,
+        setup: PolicySetup | HeadOnlySetup,
+        objective: Objective,
+        sidecars: Sequence[Sidecar] = (),
+        async_save: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(model=setup.model, **kwargs)
+        self.setup, self.objective, self.sidecars = setup, objective, tuple(sidecars)
+        self.writer = Writer(background=async_save and not self._sharded)
+        if async_save and self._sharded:
+            log.warning("async_save has no effect: FSDP and DeepSpeed write their parts together, between two steps.")
+        self.failed_save: str | None = None
+        """Why the newest checkpoint that should be there is not."""
+        self._writing: Path | None = None
+        self._told = False
+        self._best_before: str | None = None
+        self._save_at_epoch_end = False
+        self.stops_by_evaluation = False
+        """Whether an evaluation ended the run (early stopping)."""
+        self._ends = _EpochEnds()
+        self.add_callback(self._ends)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether all ranks must take part in writing the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def loop_state(self) -> LoopState:
+        """What a resumed run needs to know of the loop."""
+        return LoopState(world=self.args.world_size)
+
+    # When to save
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Logs, evaluates, saves. What falls on the last step of an epoch is saved when the epoch has ended too.
+
+        The end of an epoch may log and evaluate on its own; a checkpoint from before it would lose that.
+        """
+        control, stopping = self.control, self.control.should_training_stop
+        ending = control.should_epoch_stop or stopping or whole(self.state.epoch)
+        if self._ends.over:
+            control.should_save |= self._save_at_epoch_end
+            self._save_at_epoch_end = False
+        elif ending and control.should_save:
+            self._save_at_epoch_end, control.should_save = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        stopping = self.control.should_training_stop
+        metrics = super()._evaluate(*args, **kwargs)
+        self.stops_by_evaluation |= self.control.should_training_stop and not stopping
+        return metrics
+
+    # How to save
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._settle()
+        final = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+        staged = checkpoint.aside(final)
+        self.store_flos()
+        self._best_before = self.state.best_model_checkpoint
+        if self.state.best_global_step:
+            best = final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        self._writing, self._told = final, False
+        error, rest = None, None
+        try:
+            rest = self._stage(staged)
+        except Exception as caught:
+            error = caught
+        self.accelerator.wait_for_everyone()
+        if self._any_rank(error is not None):
+            return self._give_up(error)
+        if rest is not None and self.args.should_save:
+            self.writer.start(partial(self._finish, rest, staged, final, self.state.best_model_checkpoint))
+        if not self.writer.background:
+            self._settle()
+
+    def _stage(self, staged: Path) -> Callable[[], None]:
+        """Write what is small or takes all ranks; returns what writes the rest."""
+        staged.mkdir(parents=True, exist_ok=True)
+        args, jobs = self.args, []
+        if self._sharded:
+            self.save_model(str(staged), _internal_call=True)
+        elif args.should_save:
+            self._save_words(staged)
+            jobs.append(partial(self._save_weights, staged, *self._weights(copied=self.writer.background)))
+        if not args.save_only_model:
+            self._save_rng_state(str(staged))
+            self.loop_state().save(staged, args.process_index)
+            if self._sharded:
+                self._save_optimizer_and_scheduler(str(staged))
+                self._save_scaler(str(staged))
+            elif args.should_save:
+                jobs.append(partial(_save_tensors, staged, self._optimizer_states(copied=self.writer.background)))
+        if args.should_save:
+            self._save_state(staged)
+        return lambda: [job() for job in jobs]
+
+    def _finish(self, rest: Callable[[], None], staged: Path, final: Path, best: str | None) -> None:
+        """Rank 0's part, perhaps beside training: no model, no optimiser, no collective may be touched here."""
+        rest()
+        log_file = final.parent / runlog.NAME
+        if log_file.is_file():
+            manifest.flush(log_file)
+        checkpoint.publish(staged, final)
+        checkpoint.rotate(final.parent, final, keep=self.args.save_total_limit, best=best)
+
+    def _settle(self, *, together: bool = True) -> None:
+        """Wait for the checkpoint that is being written, and say if it could not be.
+
+        together: all ranks are here and agree on it; not so where an error is on its way up.
+        """
+        if self._writing is None:
+            return
+        error = self.writer.wait()
+        if self._any_rank(error is not None) if together else error is not None:
+            return self._give_up(error)
+        final, self._writing, self.failed_save = self._writing, None, None
+        if together:
+            self.accelerator.wait_for_everyone()
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """A checkpoint could not be written: clean up and train on. Raises what is no fault of the disk."""
+        assert self._writing is not None
+        final, self._writing = self._writing, None
+        if self.args.should_save:
+            checkpoint.discard(checkpoint.aside(final))
+        self.state.best_model_checkpoint = self._best_before
+        self.failed_save = self._reason(error, final)
+        if not self._told:
+            log.warning("WARNING: %s Training goes on; the next save tries again.", self.failed_save)
+
+    def _reason(self, error: BaseException | None, final: Path) -> str:
+        if error is not None and not checkpoint.is_write_error(error):
+            raise error
+        why = "another process could not write its part" if error is None else error
+        return checkpoint.in_words(why, f"checkpoint {checkpoint.step_of(final)}", final.parent)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step. Says first if a checkpoint could not be written since the last one."""
+        error = self.writer.failure()
+        if error is not None and self._writing is not None and not self._told:
+            self._told = True
+            reason = self._reason(error, self._writing)
+            log.warning("WARNING: %s Training goes on; the next save tries again.", reason)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _any_rank(self, here: bool) -> bool:
+        if self.args.world_size == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def save_final(self) -> None:
+        """Save the trained model into output_dir itself, or say clearly why that did not work."""
+        folder = Path(self.args.output_dir)
+        staged = checkpoint.aside(folder / "model")
+        with checkpoint.guarded(staged, "the trained model"):
+            self.save_model(str(staged))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish_into(staged, folder)
+                heads.drop_others(folder, self.objective.head)
+
+    # What is saved
+
+    def _save_state(self, folder: Path) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(folder / checkpoint.STATE))
+
+    def _weights(self, *, copied: bool) -> tuple[dict[str, torch.Tensor], nn.Module | None]:
+        """The model's state and its head. copied: later steps must not change them."""
+        state = self.model.state_dict()
+        if copied:
+            # What is not trained stays as it is, and may be large.
+            still = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+            moving = snapshot({name: value for name, value in state.items() if name not in still}, copy=True)
+            state = {name: moving.get(name, value) for name, value in state.items()}
+        return state, copy.deepcopy(self.setup.head) if copied else self.setup.head
+
+    def _optimizer_states(self, *, copied: bool) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        states = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        states |= {SCALER_NAME: scaler} if scaler is not None else {}
+        return {name: snapshot(owner.state_dict(), copy=copied) for name, owner in states.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A whole model in a folder; the hook that engines call with the weights they gathered."""
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_words(folder)
+        self._save_weights(folder, self.model.state_dict() if state_dict is None else state_dict, self.setup.head)
+
+    def _save_words(self, folder: Path) -> None:
+        """Everything that is text: tokenizer, config files."""
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        for write in self.sidecars:
+            write(folder)
+
+    def _save_weights(self, folder: Path, state: dict[str, torch.Tensor], head: nn.Module | None) -> None:
+        if not isinstance(self.model, HeadOnly):
+            state = state if head is None else heads.without_head(self.model, state)
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+                str(folder), state_dict=state, is_main_process=self.args.should_save
+            )
+        if head is not None and self.objective.head is not None and self.args.should_save:
+            facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
+            own = self.objective.facts(self.processing_class)
+            heads.save(head, self.objective.head, folder, {**facts, **own})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if not isinstance(self.model, HeadOnly):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_head(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, HeadOnly):
+            super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint)
+
+    def _load_head(self, folder: str) -> None:
+        if self.setup.head is not None and self.objective.head is not None:
+            heads.load(self.setup.head, self.objective.head, folder)
+
+    @property
+    def objective_name(self) -> str:
+        """The file in objectives/ that the objective comes from."""
+        return type(self.objective).__module__.rpartition(".")[2]
+
+
+def whole(epoch: float | None) -> bool:
+    """Whether an epoch has just ended; transformers counts them in fractions."""
+    return epoch is not None and epoch == int(epoch)
+
+
+def _save_tensors(folder: Path, states: dict[str, Any]) -> None:
+    for name, state in states.items():
+        torch.save(state, folder / name)
