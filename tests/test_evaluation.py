@@ -21,10 +21,17 @@ from tests.conftest import save_lively_model
 WORDS = "violin luthier scroll bridge maple spruce varnish peg bow string".split()
 STAGES = {
     "sft-lora": {"stage": "sft", "finetuning_type": "lora", "compute_accuracy": True, "lora_dropout": 0.1},
-    "pt-full": {"stage": "pt", "finetuning_type": "full", "dataset": "docs.jsonl"},
+    "pt-full": {"stage": "pt", "finetuning_type": "full", "dataset": "docs.jsonl", "train_from_scratch": True},
     "dpo-lora": {"stage": "dpo", "finetuning_type": "lora", "dataset": "pairs.jsonl", "do_predict": True},
     "dpo-full": {"stage": "dpo", "finetuning_type": "full", "dataset": "pairs.jsonl"},
     "rm-freeze": {"stage": "rm", "finetuning_type": "freeze", "freeze_trainable_layers": 1, "dataset": "pairs.jsonl"},
+    "accept-lora": {"stage": "sft", "replace_lm_head": True, "finetuning_type": "lora", "dataset": "rounds"},
+    "accept-head-alone": {"stage": "accept_head", "freeze_backbone": True, "dataset": "rounds"},
+}
+REPORTS = {
+    "rm-freeze": "preference_report.json",
+    "accept-lora": "accept_report.json",
+    "accept-head-alone": "accept_report.json",
 }
 SPEEDS = ("_runtime", "_per_second", "epoch")
 
@@ -49,7 +56,25 @@ def shop(model_folder, tmp_path_factory):
     write(folder / "docs.jsonl", [{"text": f"{say()}. {say()}"} for _ in range(24)])
     pairs = [{"instruction": say(), "chosen": say(), "rejected": say()} for _ in range(24)]
     write(folder / "pairs.jsonl", pairs)
+    (folder / "rounds").mkdir()
+    names = [f"request {n}" for n in range(12)]
+    write(folder / "rounds" / "train.jsonl", [speculated(rng, name, 3 + 5 * k) for name in names for k in range(4)])
+    texts = [{"req_id": name, "user_text": say(), "assistant_text": f" {say()} {say()}"} for name in names]
+    write(folder / "rounds" / "context.jsonl", texts)
     return folder
+
+
+def speculated(rng, name, context):
+    """A round of four draft tokens, of which the second and perhaps the last were refused."""
+    draft = [rng.randrange(7, 300) for _ in range(4)]
+    wrong = [1, 3] if rng.random() < 0.5 else [1]
+    verifier = [token + (i in wrong) for i, token in enumerate(draft)]
+    return {
+        "idx": 0, "req_id": name, "context_len": context, "spd_round_draft_ids": draft,
+        "spd_round_verifier_ids": verifier, "mismatch_index": wrong,
+        "mismatch_score": [rng.choice(["0", "3", "8", "10"]) for _ in wrong],
+        "mismatch_kl": [rng.random() for _ in wrong],
+    }  # fmt: skip
 
 
 def config(shop, name, **changes):
@@ -63,6 +88,8 @@ def config(shop, name, **changes):
     } | STAGES.get(name, {}) | changes  # fmt: skip
     if keys["dataset"] == "pairs.jsonl":
         keys["dataset"] = [{"path": str(shop / "pairs.jsonl"), "ranking": True}]
+    if keys["dataset"] == "rounds":
+        keys["dataset"] = [{"path": str(shop / "rounds" / "train.jsonl"), "format": "accept_head"}]
     file = shop / f"{name}.yaml"
     file.write_text(yaml.safe_dump(keys))
     return file
@@ -103,9 +130,8 @@ def test_it_is_the_evaluation_that_ended_the_training(shop, trained, name):
     expected = {key: value for key, value in results(shop / name).items() if key.startswith("eval_")}
     assert {"eval_loss", *expected} == {"eval_loss", *found}
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    predicts = name in ("dpo-lora", "rm-freeze")
-    assert (shop / name / "eval" / "generated_predictions.jsonl").exists() == predicts
-    assert (shop / name / "eval" / "preference_report.json").exists() == (name == "rm-freeze")
+    assert (shop / name / "eval" / "generated_predictions.jsonl").exists() == (name == "dpo-lora" or name in REPORTS)
+    assert [file.name for file in (shop / name / "eval").glob("*_report.json")] == [*filter(None, [REPORTS.get(name)])]
     assert ("eval_perplexity" in found) == (name in ("sft-lora", "pt-full"))
     if "eval_perplexity" in found:
         assert found["eval_perplexity"] == pytest.approx(math.exp(found["eval_loss"]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from luthier.core.errors import ConfigError
-from luthier.predictions import _in_order, write_predictions
+from luthier.predictions import _in_order, report, write_predictions
 from luthier.run import resolve
 from luthier.train.sampler import Bundles, RankSampler
 from tests.exact.runs import items_for, objective_of, trainer_for
@@ -57,6 +59,47 @@ def test_several_sets_are_named_and_a_missing_score_is_left_out(tmp_path, monkey
     assert read(write_predictions(trainer, sets, tmp_path)) == [
         {"row": "row 0", "answers": [{"reward": 1.0}], "set": "near"},
         {"row": "row 1", "answers": [{"score": 2.0, "reward": None}], "set": "far"},
+    ]
+
+
+def test_answers_of_any_shape_are_json(tmp_path, monkeypatch):
+    """Lists in answers stay lists; what is not finite is null however deep; null stays null on the way back."""
+    items = items_for(objective_of("rm"), 1)
+    trainer = trainer_for("rm", tmp_path, items=items)
+    deep = {"req_id": "7", "mismatches": [{"index": 1, "kl": math.inf}, {"index": 3, "kl": 0.5}], "unscored": None}
+    monkeypatch.setattr(type(trainer), "records", lambda self, part: [("row 0", [deep, {"values": (math.nan, 1)}])])
+    file = write_predictions(trainer, trainer.eval_dataset, tmp_path)
+    answers = [
+        {"req_id": "7", "mismatches": [{"index": 1, "kl": None}, {"index": 3, "kl": 0.5}], "unscored": None},
+        {"values": [None, 1]},
+    ]
+    assert read(file) == [{"row": "row 0", "answers": answers}]
+
+
+def test_the_stage_names_what_measures_its_predictions(tmp_path, monkeypatch):
+    """Whatever module of evaluate/ it is: it gets (where, answers), a folder for each set, and the objective."""
+    asked = []
+
+    def measure(records, folder, objective):
+        asked.append((records, folder, objective))
+        return {"found": float(len(records))}
+
+    module = types.ModuleType("luthier.evaluate.made_up")
+    module.report = measure
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    objective = objective_of("sft")
+    monkeypatch.setattr(type(objective), "report", "made_up")
+    lines = [
+        {"row": "a:1", "answers": [{"x": None}]},
+        {"row": "b:1", "answers": [], "set": "other"},
+        {"row": "a:2", "answers": [{"x": 1.0}]},
+    ]
+    file = tmp_path / "generated_predictions.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report(file, objective) == {"eval_found": 2.0, "eval_other_found": 1.0}
+    assert asked == [
+        ([("a:1", [{"x": None}]), ("a:2", [{"x": 1.0}])], tmp_path, objective),
+        ([("b:1", [])], tmp_path / "made_up-other", objective),
     ]
 
 
