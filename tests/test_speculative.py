@@ -206,3 +206,14 @@ def test_a_head_that_does_not_say_how_it_was_trained_is_refused(folder, tmp_path
     (tmp_path / "accept_head.json").write_text(json.dumps({"head": "accept"}))
     with pytest.raises(ModelError, match="layout None"):
         fast(folder, accept_head=str(tmp_path))
+
+
+def test_the_engine_keeps_the_stop_token_where_it_is_asked_to(folder):
+    found = fast(folder, max_new_tokens=9)
+    sampling = greedy(resolve({"model_name_or_path": str(folder), "draft": "prompt_lookup", "max_new_tokens": 9}))
+    (whole,) = found.engine.generate([IDS], sampling, [])
+    stop, cut = whole[4], whole.index(whole[4])
+    assert len(whole) == 9
+    assert found.engine.generate([IDS], sampling, [stop], keep_stop=True) == [whole[: cut + 1]]
+    assert found.engine.generate([IDS, IDS], sampling, [stop]) == [whole[:cut]] * 2
+    assert list(found.engine.stream(IDS, sampling, [stop])) and found.engine.tally.tokens == cut + 1

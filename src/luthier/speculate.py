@@ -103,9 +103,12 @@ def checker(column: str, wanted: str) -> Callable[[str], bool]:
 
 def settings(run: Run, fast: Fast, sampling: GenerateConfig, *, compare: bool) -> dict[str, Any]:
     """What decides the lines of the output; a run that goes on must not change it."""
+    from luthier.speculative import accept_folder
+
     keys = ("draft", "draft_model", "draft_layers", "draft_tokens", "lookup_ngram", "lookup_min_ngram")
     return {
         **{key: getattr(run.speculate, key) for key in keys},
+        "accept_head": None if (folder := accept_folder(run)) is None else str(folder),
         "threshold": None if fast.judge is None else fast.judge.threshold,
         "max_new_tokens": sampling.max_new_tokens,
         "max_length": sampling.max_length,
@@ -148,7 +151,7 @@ def _way(
     if alone:
         engine.speculator.forget()
     before = time.perf_counter()
-    ids = engine.answer(question.ids, sampling, stop_ids)
+    (ids,) = engine.generate([question.ids], sampling, stop_ids)
     seconds = time.perf_counter() - before
     text = engine.text(ids, sampling)
     known = question.example.extra.get(RIGHT)
@@ -198,7 +201,7 @@ def show(summary: Mapping[str, Any]) -> None:
         table.add_column(WAYS[name], justify="right")
     for title, (key, form) in MEASURES.items():
         values = [summary[name].get(key) for name in ways]
-        if any(value is not None for value in values):
+        if any(values):
             table.add_row(title, *(_cell(value, form) for value in values))
     Console(stderr=True).print(table)
 

@@ -15,13 +15,13 @@ from luthier.core.log import get_logger
 from luthier.engines.acceptance import AcceptJudge, Facts
 from luthier.engines.drafting import make_drafter
 from luthier.engines.hf import Engine
-from luthier.engines.speculate import Speculator, Tally
+from luthier.engines.speculate import Round, Speculator, Tally
 from luthier.engines.target import Cached, Target
 from luthier.model import heads
 from luthier.model.adapt import adapter_folders, attach
 from luthier.model.modules import as_names
 from luthier.run import Run, resolve
-from luthier.serving import RESOLVED, Speaker, as_trained, load_engine
+from luthier.serving import RESOLVED, Speaker, as_trained, left_in, load_engine
 
 if TYPE_CHECKING:
     from luthier.engines.sampling import GenerateConfig
@@ -40,9 +40,18 @@ class FastEngine(Engine):
         self.tally = Tally()
         """Of the last answer."""
 
-    def answer(self, prompt: Sequence[int], sampling: GenerateConfig, stop_ids: Sequence[int]) -> list[int]:
-        """The answer, without its stop token."""
-        return list(self._tokens(prompt, sampling, stop_ids, 0))
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: GenerateConfig,
+        stop_ids: Sequence[int],
+        *,
+        seeds: Sequence[int] | None = None,
+        keep_stop: bool = False,
+    ) -> list[list[int]]:
+        """The answer to each prompt, in order. seeds are of no use to a greedy engine."""
+        answers = [[token for done in self._rounds(ids, sampling, stop_ids) for token in done.ids] for ids in prompts]
+        return [ids[:-1] if ids[-1] in stop_ids and not keep_stop else ids for ids in answers]
 
     def told(self) -> str:
         """What speculation did for the last answer, in a line."""
@@ -54,12 +63,15 @@ class FastEngine(Engine):
     def _tokens(
         self, prompt: Sequence[int], sampling: GenerateConfig, stop_ids: Sequence[int], seed: int
     ) -> Iterator[int]:
-        """seed: of no use to a greedy engine."""
+        for done in self._rounds(prompt, sampling, stop_ids):
+            yield from (token for token in done.ids if token not in stop_ids)
+
+    def _rounds(self, prompt: Sequence[int], sampling: GenerateConfig, stop_ids: Sequence[int]) -> Iterator[Round]:
         self.tally = Tally()
         room, penalty = self._room(prompt, sampling), sampling.repetition_penalty
         for done in self.speculator.rounds(prompt, room, stop_ids, repetition_penalty=penalty):
             self.tally.add(done)
-            yield from (token for token in done.ids if token not in stop_ids)
+            yield done
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,8 @@ def find_fast(config: str | Path, overrides: Sequence[str]) -> Run:
     folder = Path(config).expanduser()
     if not folder.is_dir():
         return resolve(config, overrides, verb="speculate")
-    if not (folder / RESOLVED).is_file():
-        raise ConfigError(f"{folder} was not left behind by `luthier train`: there is no {RESOLVED}. Give a YAML file.")
     # A resolved configuration holds every default, the one of do_sample too.
-    return resolve(folder / RESOLVED, [f"accept_head={folder}", "do_sample=false", *overrides], verb="speculate")
+    return resolve(left_in(folder), [f"accept_head={folder}", "do_sample=false", *overrides], verb="speculate")
 
 
 def greedy(run: Run) -> GenerateConfig:
