@@ -59,8 +59,8 @@ def own_log(monkeypatch):
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Stands in for `luthier.fit` and remembers how it was called."""
-    module = ModuleType("luthier.fit")
+    """Stands in for `luthier.launch` and remembers how it was called."""
+    module = ModuleType("luthier.launch")
     module.calls = []
     module.raises = None
 
@@ -71,7 +71,8 @@ def verb(monkeypatch):
         return 0
 
     module.main = run
-    monkeypatch.setitem(sys.modules, "luthier.fit", module)
+    for name in ("luthier.launch", "luthier.fit"):
+        monkeypatch.setitem(sys.modules, name, module)
     return module
 
 
@@ -161,7 +162,7 @@ def test_verbs_are_files_with_a_main():
     ],
 )
 def test_arguments(argv, config, overrides):
-    assert parse_command(argv, "train") == (config, overrides, {})
+    assert parse_command(argv, "train") == (config, overrides, {"ray": False})
 
 
 def test_flags_of_verbs():
@@ -251,7 +252,7 @@ def test_python_dash_m_is_the_command():
 
 
 def test_logs_go_to_stderr(verb, capsys):
-    verb.main = lambda argv: logging.getLogger("luthier.fit").info("hello") or 0
+    verb.main = lambda argv: logging.getLogger("luthier.launch").info("hello") or 0
     assert cli.main(["train", "a.yaml"]) == 0
     captured = capsys.readouterr()
     assert "hello" in captured.err and captured.out == ""

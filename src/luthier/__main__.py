@@ -1,7 +1,6 @@
 """`python -m luthier` is `luthier`."""
 
-import sys
-
 from luthier.cli import main
+from luthier.ranks import leave
 
-sys.exit(main())
+leave(main())

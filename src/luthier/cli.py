@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from luthier import __version__
+from luthier import __version__, ranks
 from luthier.core.errors import ConfigError, LuthierError
 
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
@@ -54,10 +54,11 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb(
-        "luthier.fit",
+        "luthier.launch",
         "train a model, all stages",
-        "luthier train CONFIG [key=value ...]",
+        "luthier train CONFIG [--ray] [key=value ...]",
         "luthier train examples/sft_lora.yaml learning_rate=1e-4 output_dir=saves/first",
+        {"ray": Flag("train on a Ray cluster; key ray_num_workers", kind=bool, default=False)},
     ),
     "preview": Verb(
         "luthier.preview",
@@ -195,20 +196,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what a user can mend, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    argv = ranks.without_local_rank(word for word in argv if word != "--debug")
+    return ranks.guarded(lambda: _reported(argv, debug))
+
+
+def _reported(argv: list[str], debug: bool) -> int:
+    """Run one command; what a user can mend becomes one message, said by the first process to fail."""
     try:
         return _dispatch(argv)
     except LuthierError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.speaks_first(2):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if debug or error.errno not in DISK_TROUBLE:
             raise
-        print(
-            f"error: {error.filename or 'a file'}: {error.strerror}. Free space or permissions there.", file=sys.stderr
-        )
+        if ranks.speaks_first(2):
+            place = error.filename or "a file"
+            print(f"error: {place}: {error.strerror}. Free space or permissions there.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
