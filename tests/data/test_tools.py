@@ -1,4 +1,4 @@
-"""Tool dialects, against texts written by hand and Qwen2.5's and Mistral's documented forms."""
+"""Definitions, calls in data and calls in replies; the dialects have tests of their own in tests/tool_formats."""
 
 from __future__ import annotations
 
@@ -6,109 +6,15 @@ import json
 
 import pytest
 
-from luthier.core.errors import TemplateError
-from luthier.core.types import Message
+from luthier.core.errors import ConfigError, TemplateError
+from luthier.core.types import Call, Message, Reply
 from luthier.data.template import TemplateConfig, make_renderer
-from luthier.data.tools import FORMATS, Call, read_calls, read_definitions, tool_format
+from luthier.data.tools import read_calls, read_definitions, read_reply, tool_format, write_calls
 from tests.conftest import build_tokenizer
 
-WEATHER = {
-    "name": "weather",
-    "description": "Looks outside.",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "city": {"type": "string", "description": "Where"},
-            "unit": {"type": "string", "enum": ["C", "F"]},
-            "days": {"type": "array", "items": {"type": "integer"}},
-        },
-        "required": ["city"],
-    },
-}
+WEATHER = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 WRAPPED = {"type": "function", "function": WEATHER}
-CALL = Call("weather", {"city": "Zürich", "days": [1, 2]})
 THINK, WRAP = ("<think>\n", "\n</think>\n\n"), ("<tool_call>", "</tool_call>")
-
-
-def described(name, date="26 Jul 2024"):
-    return tool_format(name).describe([WEATHER], date)
-
-
-def test_plain():
-    assert described("default") == (
-        "You have access to the following tools:\n"
-        "> Tool Name: weather\nTool Description: Looks outside.\nTool Args:\n"
-        "  - city (string, required): Where\n"
-        "  - unit (string): , should be one of [C, F]\n"
-        "  - days (array): , where each item should be integer\n\n"
-        "Use the following format if using a tool:\n```\n"
-        "Action: tool name (one of [weather])\n"
-        "Action Input: the input to the tool, in a JSON format representing the kwargs "
-        '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n'
-    )
-
-
-def test_plain_tool_without_parameters():
-    assert "> Tool Name: now\nTool Description: \nTool Args:\n\n" in tool_format("default").describe(
-        [{"name": "now"}], ""
-    )
-
-
-def test_qwen():
-    assert described("qwen") == (
-        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-        + json.dumps(WRAPPED)
-        + "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-        "</tool_call>"
-    )
-
-
-def test_llama3_has_the_date_it_is_told():
-    text = described("llama3", "1 May 2030")
-    assert text.startswith("Cutting Knowledge Date: December 2023\nToday Date: 1 May 2030\n\nYou have access")
-    assert text.endswith("Do not use variables.\n\n" + json.dumps(WRAPPED, indent=4) + "\n\n")
-    assert '{"name": function name, "parameters": dictionary of argument name and its value}. Do not' in text
-
-
-def test_mistral():
-    assert described("mistral") == "[AVAILABLE_TOOLS] " + json.dumps([WRAPPED]) + "[/AVAILABLE_TOOLS]"
-
-
-def test_glm4():
-    text = described("glm4")
-    assert text.startswith("你是一个名为 ChatGLM 的人工智能助手。")
-    assert text.endswith(
-        f"# 可用工具\n\n## weather\n\n{json.dumps(WEATHER, indent=4)}\n"
-        "在调用上述函数时，请使用 Json 格式表示调用的参数。"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("default", 'Action: weather\nAction Input: {"city": "Zürich", "days": [1, 2]}'),
-        ("qwen", '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2]}}\n</tool_call>'),
-        ("llama3", '{"name": "weather", "parameters": {"city": "Zürich", "days": [1, 2]}}'),
-        ("mistral", '[{"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2]}}]'),
-        ("glm4", 'weather\n{"city": "Zürich", "days": [1, 2]}'),
-    ],
-)
-def test_a_call(name, expected):
-    assert tool_format(name).call([CALL]) == expected
-
-
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"glm4"}))
-def test_parallel_calls_are_all_there(name):
-    text = tool_format(name).call([CALL, Call("now", {})])
-    assert text.count("weather") == 1
-    assert text.count("now") == 1
-
-
-def test_glm4_has_no_parallel_calls():
-    with pytest.raises(TemplateError, match="one call"):
-        tool_format("glm4").call([CALL, CALL])
 
 
 @pytest.mark.parametrize(
@@ -152,10 +58,80 @@ def test_definitions_with_and_without_wrapper(given):
     assert read_definitions(json.dumps(given)) == [WEATHER]
 
 
+def test_an_unknown_dialect_names_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'qwen3_5'"):
+        tool_format("qwen35")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "lead", "expected"),
+    [
+        ("qwen", "I look.", "I look.\n<tool_call>"),
+        ("qwen", "I look.\n", "I look.\n<tool_call>"),
+        ("qwen", "<think>\nhm\n</think>\n\n", "<think>\nhm\n</think>\n\n<tool_call>"),
+        ("qwen", "", "<tool_call>"),
+        ("qwen3_5", "I look.", "I look.\n\n<tool_call>"),
+        ("glm4_moe", "I look.", "I look.\n<tool_call>"),
+    ],
+)
+def test_text_before_calls(dialect, lead, expected):
+    assert write_calls(tool_format(dialect), lead, [Call("f", {})]).startswith(
+        expected + "\n" * (dialect != "glm4_moe")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [
+        ("Hello <b>", Reply("", "Hello <b>", ())),
+        ("<think>\nhm\n</think>\n\nHello", Reply("hm", "Hello", ())),
+        ("\n</think>\n\nHello", Reply("", "Hello", ())),
+        ("hm\n</think>\n\nHello", Reply("hm", "Hello", ())),
+        (
+            "<think>\nhm\n</think>\n\nI look.\n"
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>',
+            Reply("hm", "I look.", (Call("weather", {"city": "Ulm"}),)),
+        ),
+    ],
+)
+def test_a_reply_taken_apart(text, reply):
+    assert read_reply(text, tool_format("qwen"), THINK) == reply
+
+
+def test_renderers_take_replies_apart():
+    tokenizer = build_tokenizer()
+    renderer = make_renderer(TemplateConfig(template="qwen3_5"), tokenizer)
+    text = "<tool_call>\n<function=weather>\n<parameter=city>\n12\n</parameter>\n</function>\n</tool_call>"
+    assert renderer.reply(text).calls == (Call("weather", {"city": 12}),)
+    assert renderer.reply(text, tools=json.dumps([WEATHER])).calls == (Call("weather", {"city": "12"}),)
+
+
 def test_in_the_system_prompt():
     tok = build_tokenizer()
     renderer = make_renderer(TemplateConfig(template="qwen"), tok)
     text = tok.decode(renderer.prompt([Message("user", "U")], system="S", tools=json.dumps([WEATHER])))
+    described = tool_format("qwen").describe([WEATHER], "")
     assert text == (
-        f"<|im_start|>system\nS{described('qwen')}<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>system\nS{described}<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_an_empty_list_of_tools_is_none():
+    tok = build_tokenizer()
+    renderer = make_renderer(TemplateConfig(template="qwen"), tok)
+    assert renderer.prompt([Message("user", "U")], tools="[]") == renderer.prompt([Message("user", "U")])
+
+
+def test_several_results_stand_side_by_side_where_the_template_knows_how():
+    tok = build_tokenizer()
+    call = Message("function", '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]')
+    talk = [Message("user", "U"), call, Message("observation", "1"), Message("observation", "2")]
+    qwen = tok.decode(make_renderer(TemplateConfig(template="qwen3_nothink"), tok).prompt(talk))
+    assert qwen.endswith(
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    chatml = tok.decode(make_renderer(TemplateConfig(template="chatml"), tok).prompt(talk))
+    assert chatml.endswith("<|im_start|>tool\n1<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n")
+    plain = tok.decode(make_renderer(TemplateConfig(template="vicuna", replace_eos=None), tok).prompt(talk))
+    assert plain.endswith("USER: 1\n2 ASSISTANT:")

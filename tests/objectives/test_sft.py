@@ -21,10 +21,14 @@ class Numbers:
 
     exchanges: list
     efficient_eos: bool = False
+    others: list | None = None
     tokenizer = SimpleNamespace(eos_token_id=EOS)
 
     def pairs(self, messages, *, system="", tools="", mask_history=False):
         return self.exchanges
+
+    def branches(self, messages, *, system="", tools=""):
+        return self.others or [self.exchanges]
 
 
 def conversation(turns: int, weights=()) -> Example:
@@ -106,6 +110,65 @@ def test_efficient_eos_has_room_for_the_end():
     (encoded,) = encode([([1, 2, 3], [4, 5, 6])], efficient_eos=True, cutoff_len=5)
     assert len(encoded.paths[0].ids) == 5
     assert encoded.paths[0].ids[-1] == EOS
+
+
+@pytest.mark.parametrize("keys", [{"mask_history": True}, {"train_on": "last"}])
+def test_last_and_mask_history_are_one(keys):
+    assert encode(TWO, **keys)[0].paths[0].weights == [0] * 7 + [1] * 3
+
+
+def test_train_on_is_one_of_two():
+    with pytest.raises(ConfigError, match="'first' is none of all, last"):
+        SftConfig(train_on="first")
+    with pytest.raises(ConfigError, match="train_on: last"):
+        SftConfig(train_on="last", train_on_prompt=True)
+
+
+class TestBranches:
+    """A template that forgets thoughts (99): the second turn sees 21 without it, and the third follows the second."""
+
+    FORGETFUL = [[([11, 12], [99, 21])], [([11, 12, 21, 31], [99, 41]), ([51], [61])]]
+
+    def encode(self, *, cutoff_len=100, efficient_eos=False, weights=(), **keys):
+        renderer = Numbers([], efficient_eos, self.FORGETFUL)
+        found = Sft(SftConfig(**keys)).encode(conversation(3, weights), renderer, cutoff_len=cutoff_len)
+        return [(path.name, path.ids, path.weights) for path in found[0].paths], found[0].truncated
+
+    def test_each_response_is_trained_once_after_what_the_model_saw(self):
+        assert self.encode() == (
+            [
+                ("response", [11, 12, 99, 21], [0, 0, 1, 1]),
+                ("response-2", [11, 12, 21, 31, 99, 41, 51, 61], [0, 0, 0, 0, 1, 1, 0, 1]),
+            ],
+            0,
+        )
+
+    def test_weights_go_to_their_turns(self):
+        assert [weights for _, _, weights in self.encode(weights=(0.0, 0.5, 0.25))[0]] == [
+            [0, 0, 0, 0, 0.5, 0.5, 0, 0.25]
+        ]
+
+    def test_prompts_are_trained_once(self):
+        assert [weights for _, _, weights in self.encode(train_on_prompt=True)[0]] == [
+            [1, 1, 1, 1],
+            [0, 0, 1, 1, 1, 1, 1, 1],
+        ]
+
+    def test_history_is_never_cut(self):
+        paths, truncated = self.encode(cutoff_len=4)
+        assert paths == [("response", [11, 12, 99, 21], [0, 0, 1, 1])]
+        assert truncated == 6  # 21 31 99 41 51 61; 11 12 are there already
+        paths, truncated = self.encode(cutoff_len=5)
+        assert paths[1] == ("response-2", [11, 12, 21, 31, 99], [0, 0, 0, 0, 1])
+        assert truncated == 3
+
+    def test_ends_of_turns_are_branches_too(self):
+        paths, _ = self.encode(efficient_eos=True)
+        assert paths == [
+            ("response", [11, 12, 99, 21, EOS], [0, 0, 1, 1, 1]),
+            ("response-2", [11, 12, 21, 31, 99, 41, 51, 61, EOS], [0, 0, 0, 0, 1, 1, 0, 1, 1]),
+            ("end-of-turn-2", [11, 12, 21, 31, 99, 41, EOS], [0, 0, 0, 0, 0, 0, 1]),
+        ]
 
 
 def test_nothing_left_to_train():

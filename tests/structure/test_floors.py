@@ -1,6 +1,6 @@
 """Who may import whom, read from the source: downwards only, and no member of a family imports another.
 
-core < data, formats, templates | model, adapters, heads, quant < objectives
+core < data, formats, templates, tool_formats | model, adapters, heads, quant < objectives
      < train, callbacks, optim | engines, drafters, scorers, evaluate < verbs (the modules at the top), serve
 """
 
@@ -22,6 +22,7 @@ ROOMS = {
     "data": (1, "data"),
     "formats": (1, "data"),
     "templates": (1, "data"),
+    "tool_formats": (1, "data"),
     "model": (1, "model"),
     "adapters": (1, "model"),
     "heads": (1, "model"),

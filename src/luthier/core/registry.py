@@ -22,6 +22,7 @@ FAMILIES = (
     "objectives",
     "formats",
     "templates",
+    "tool_formats",
     "heads",
     "adapters",
     "quant",

@@ -27,6 +27,25 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a tool."""
+
+    name: str
+    arguments: Any
+    """What the JSON of the arguments says, as a rule a dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model said, taken apart."""
+
+    thought: str
+    """Without the words that open and close it; empty if there is none."""
+    content: str
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One thing the model could say after the prompt, with what is thought of it."""
 

@@ -1,39 +1,38 @@
-"""Messages to ids by the tokenizer's own chat template, for `template` unset.
+"""Messages to ids by the tokenizer's own chat template, for `template` unset or auto.
 
 What is trained is found exactly, by rendering beginnings of the conversation: the template rendered up to a response,
-with its generation prompt, must be how the rendering with the response begins, and that how the next prompt begins.
-The response is the difference, with the end-of-turn marker the template writes. A template for which this does not
-hold would train on something else than it generates from; it is refused with the first difference.
+with its generation prompt, must be how the rendering with the response begins. The response is the difference, with
+the end-of-turn marker the template writes. Templates with `{% generation %}` blocks narrow it to those blocks.
 
-Templates with `{% generation %}` blocks narrow the response to those blocks.
+Where the next prompt goes on where the response ends, the sequence goes on. Where the template shows an earlier turn
+otherwise once the conversation goes on (thoughts vanish, the system prompt wanders), the next turn is a branch of its
+own, with the history as the model will then see it: every response is trained exactly as it is generated. A template
+whose generation prompt is not how its own response begins is refused with the first difference.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from luthier.core.errors import ConfigError, TemplateError
+from luthier.core.errors import TemplateError
 from luthier.core.log import get_logger
-from luthier.core.types import Example, Message
+from luthier.core.registry import names
+from luthier.core.types import Call, Example, Message, Reply
+from luthier.data.chat_text import THOUGHT, ChatText, Spans
 from luthier.data.pieces import Pieces
 from luthier.data.template import TemplateConfig
-from luthier.data.tools import read_calls, read_definitions, wrapped_definition
-from luthier.data.turns import check_order
+from luthier.data.tools import read_definitions, read_reply, tool_format
+from luthier.data.turns import check_ends, responses
 from luthier.data.vocabulary import document_head, settle, token_id
 
 log = get_logger("data.chat_template")
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_NOT_OURS = ("tool_format", "efficient_eos", "replace_eos")
-
-
 Conversation = tuple[tuple[Message, ...], str, str]
 """Messages, system prompt, tools."""
-Cut = list[tuple[str, str]]
+Branch = list[tuple[str, str]]
 """(source, response) texts."""
+Ids = list[int]
 
 
 class Rewritten(TemplateError):
@@ -44,51 +43,61 @@ class ChatTemplateRenderer:
     """The tokenizer's chat template. See `core/objective.py:Renderer`.
 
     The tokenizer is changed where something is missing: pad becomes eos, and eos the template's end-of-turn marker.
-    Raises TemplateError if there is no chat template or if it does not end a response with a special token."""
+    A template that ends a response with nothing leaves it to the stage to put eos there (`efficient_eos`). Raises
+    TemplateError if there is no chat template or if nothing it writes could end a response."""
 
     name = "chat_template"
-    efficient_eos = False
 
     def __init__(self, config: TemplateConfig, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._default_system = config.default_system or ""
-        self._source = _source(tokenizer)
-        self._variables = self._template_variables(config)
-        self._tracks = bool(_GENERATION.search(self._source))
+        self._text = ChatText(config, tokenizer)
         self._pieces = Pieces(tokenizer)
         end = self._end_of_turn()
-        settle(tokenizer, eos=end if tokenizer.eos_token is None else None, special=(end,))
-        self._end = token_id(tokenizer, end)
+        self.efficient_eos = end is None
+        settle(tokenizer, eos=end if tokenizer.eos_token is None else None, special=(end,) if end is not None else ())
+        self._end = tokenizer.eos_token_id if end is None else token_id(tokenizer, end)
         self._head = document_head(tokenizer)
-        self._cuts: dict[Conversation, Cut] = {}
-        self._coming: dict[Conversation, Cut] = {}
+        self._known: dict[Conversation, list[Branch]] = {}
+        self._coming: dict[Conversation, list[Branch]] = {}
 
     def pairs(
         self, messages: Sequence[Message], *, system: str = "", tools: str = "", mask_history: bool = False
-    ) -> list[tuple[list[int], list[int]]]:
-        """See Renderer. With `mask_history` a template that rewrites earlier turns is no error: the one pair then is
-        (everything before the last response, the last response)."""
-        check_order(messages, response_last=True, template=self.name)
-        cut = self._cut(messages, system, tools, strict=not mask_history)
-        return [(self._pieces(source), self._pieces(response)) for source, response in cut]
+    ) -> list[tuple[Ids, Ids]]:
+        """See Renderer. With `mask_history` a template that rewrites earlier turns is no error: the pairs then are
+        those of the last branch."""
+        check_ends(messages, response_last=True, template=self.name)
+        branches = self._branches(messages, system, tools)
+        if len(branches) > 1 and not mask_history:
+            raise Rewritten(self._rewritten(messages, system, tools, sum(map(len, branches[:-1]))))
+        return self._ids(branches[-1])
 
-    def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> tuple[list[int], list[int]]:
+    def branches(
+        self, messages: Sequence[Message], *, system: str = "", tools: str = ""
+    ) -> list[list[tuple[Ids, Ids]]]:
         """See Renderer."""
-        check_order(messages, response_last=True, template=self.name)
-        cut = self._cut(messages, system, tools, strict=False)
-        return self._joined(cut[:-1]) + self._pieces(cut[-1][0]), self._pieces(cut[-1][1])
+        check_ends(messages, response_last=True, template=self.name)
+        return [self._ids(branch) for branch in self._branches(messages, system, tools)]
 
-    def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
+    def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> tuple[Ids, Ids]:
         """See Renderer."""
-        check_order(messages, response_last=False, template=self.name)
-        try:
-            return self._joined(self._cut_turns(messages, system, tools))
-        except Rewritten:
-            return list(self._pieces(self._render(messages, system, tools, ask=True)))
+        check_ends(messages, response_last=True, template=self.name)
+        *earlier, last = self._ids(self._branches(messages, system, tools)[-1])
+        return [token for pair in earlier for part in pair for token in part] + last[0], last[1]
 
-    def document(self, text: str) -> list[int]:
+    def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> Ids:
+        """See Renderer."""
+        check_ends(messages, response_last=False, template=self.name)
+        last = self._cut(messages, system, tools)[-1]
+        return self._pieces.join(piece for pair in last for piece in pair)
+
+    def document(self, text: str) -> Ids:
         """See Renderer."""
         return [*self._head, *self._pieces(text), self.tokenizer.eos_token_id]
+
+    def reply(self, text: str, *, tools: str = "") -> Reply:
+        """See Renderer. The dialect is the one whose reader understands what the template writes."""
+        definitions = read_definitions(tools) if tools else []
+        return read_reply(text, tool_format(self._dialect()), THOUGHT, definitions)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -98,80 +107,71 @@ class ChatTemplateRenderer:
     def fingerprint(self) -> str:
         """Everything beside the tokenizer's files that decides ids."""
         tokens = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
-        return repr((self.name, self._source, self._default_system, sorted(self._variables.items()), tokens))
+        return repr((self.name, self._text.fingerprint(), tokens))
 
     def texts(self, example: Example) -> list[str]:
-        """The pieces of text that `pairs` will tokenise for this example's answers, for `warm`."""
+        """The pieces of text that will be tokenised for this example's answers, for `warm`."""
         pieces: list[str] = []
         for answer in example.answers:
             messages = (*example.prompt, *answer.messages)
-            check_order(messages, response_last=True, template=self.name)
-            cut = self._cut_turns(messages, example.system, example.tools)
-            self._coming[messages, example.system, example.tools] = cut
-            pieces += [piece for pair in cut for piece in pair]
+            check_ends(messages, response_last=True, template=self.name)
+            branches = self._cut(messages, example.system, example.tools)
+            self._coming[messages, example.system, example.tools] = branches
+            pieces += [piece for branch in branches for pair in branch for piece in pair]
         return pieces
 
     def warm(self, texts: Sequence[str]) -> None:
         """Tokenise these pieces in one call, and keep how `texts` cut the conversations they come from; what was
         warm before is forgotten."""
         self._pieces.warm(texts)
-        self._cuts, self._coming = self._coming, {}
+        self._known, self._coming = self._coming, {}
 
-    def _joined(self, cut: Sequence[tuple[str, str]]) -> list[int]:
-        return self._pieces.join(piece for pair in cut for piece in pair)
+    def _ids(self, branch: Branch) -> list[tuple[Ids, Ids]]:
+        return [(self._pieces(source), self._pieces(response)) for source, response in branch]
 
-    def _cut(self, messages: Sequence[Message], system: str, tools: str, *, strict: bool) -> Cut:
-        """The conversation as (source, response) texts per exchange; as one exchange, the last, where the template
-        rewrites earlier turns and that is no error."""
-        known = self._cuts.get((tuple(messages), system, tools))
-        if known is not None:
-            return known
-        try:
-            return self._cut_turns(messages, system, tools)
-        except Rewritten:
-            if strict:
-                raise
-            return self._cut_last(messages, system, tools)
+    def _branches(self, messages: Sequence[Message], system: str, tools: str) -> list[Branch]:
+        known = self._known.get((tuple(messages), system, tools))
+        return self._cut(messages, system, tools) if known is None else known
 
-    def _cut_turns(self, messages: Sequence[Message], system: str, tools: str) -> Cut:
-        """(source, response) texts per exchange, the last response empty if the model is to speak next."""
-        cut: Cut = []
-        done = 0
-        following = self._render(messages[:1], system, tools, ask=True)
-        for i in range(1, len(messages), 2):
-            asked = following
-            whole, spans = self._render_spans(messages[: i + 1], system, tools)
-            self._check_prefix(asked, whole, i, "the prompt is not how the prompt with its response begins")
-            self._check_content(messages[i - 1 : i + 1], asked[done:], whole[len(asked) :])
-            end = len(whole)
-            if i + 1 < len(messages):
-                following = self._render(messages[: i + 2], system, tools, ask=True)
-                end = self._turn_end(whole, following, i)
-            start, stop = self._narrow(spans, len(asked), end, i)
-            cut.append((whole[done:start], whole[start:stop]))
-            done = stop
-        return cut if len(messages) % 2 == 0 else [*cut, (following[done:], "")]
+    def _cut(self, messages: Sequence[Message], system: str, tools: str) -> list[Branch]:
+        """The conversation as branches of exchanges, the last response empty if the model is to speak next."""
+        branches: list[Branch] = []
+        path, done, open_end = "", 0, (0, 0)
+        spoken = responses(messages)
+        for place in [*spoken, *([] if spoken and spoken[-1] == len(messages) - 1 else [len(messages)])]:
+            asked = self._text.asked(messages[:place], system, tools)
+            end = self._goes_on(path, asked) if branches else None
+            self._text.check_prompt(messages[:place], system, tools if end is None else "", asked)
+            if end is None:
+                branches.append([])
+                done = 0
+            else:
+                start, stop = open_end
+                stop = min(stop, end)
+                source, _ = branches[-1].pop()
+                branches[-1].append((source, path[start:stop]))
+                done = stop
+            if place == len(messages):
+                branches[-1].append((asked[done:], ""))
+                break
+            path, spans = self._text.whole(messages[: place + 1], system, tools)
+            self._check_own(asked, path, place)
+            self._text.check_response(messages[place], path[len(asked) :])
+            open_end = start, stop = self._narrow(spans, len(asked), len(path), place)
+            branches[-1].append((path[done:start], path[start:stop]))
+        return branches
 
-    def _cut_last(self, messages: Sequence[Message], system: str, tools: str) -> Cut:
-        last = len(messages) - 1
-        asked = self._render(messages[:last], system, tools, ask=True)
-        whole, spans = self._render_spans(messages, system, tools)
-        self._check_prefix(asked, whole, last, "the prompt is not how the prompt with its response begins")
-        start, stop = self._narrow(spans, len(asked), len(whole), last)
-        return [(whole[:start], whole[start:stop])]
+    def _goes_on(self, path: str, asked: str) -> int | None:
+        """Where the turn that `path` ends with ends in the next prompt, None if that shows it otherwise. Some templates
+        close a conversation with one more eos, which is not there when the conversation goes on."""
+        if asked.startswith(path):
+            return len(path)
+        shorter = path.removesuffix(self.tokenizer.eos_token or "")
+        return len(shorter) if asked.startswith(shorter) and shorter != path else None
 
-    def _turn_end(self, whole: str, following: str, turn: int) -> int:
-        """Where the turn ends that `whole` ends with; some templates close a conversation with one more eos, which
-        is not there when the conversation goes on."""
-        shorter = whole.removesuffix(self.tokenizer.eos_token or "")
-        if following.startswith(shorter) and not following.startswith(whole):
-            return len(shorter)
-        self._check_prefix(whole, following, turn, "an earlier turn is rewritten")
-        return len(whole)
-
-    def _narrow(self, spans: Sequence[tuple[int, int]], start: int, stop: int, turn: int) -> tuple[int, int]:
+    def _narrow(self, spans: Spans, start: int, stop: int, turn: int) -> tuple[int, int]:
         """The trained part of a response: all of it, or what the template's generation block says."""
-        if not self._tracks:
+        if not self._text.tracks:
             return start, stop
         inside = [span for span in spans if span[1] > start]
         if len(inside) != 1 or inside[0][0] < start:
@@ -181,117 +181,60 @@ class ChatTemplateRenderer:
             )
         return inside[0][0], min(inside[0][1], stop)
 
-    def _check_prefix(self, short: str, long: str, turn: int, what: str) -> None:
-        if long.startswith(short):
-            return
-        at = next((i for i, (a, b) in enumerate(zip(short, long)) if a != b), min(len(short), len(long)))
-        raise Rewritten(
-            f"the tokenizer's chat template cannot be trained on message by message: at message {turn + 1} {what}. "
-            f"The first difference, at character {at}: {short[at : at + 60]!r} against {long[at : at + 60]!r}, after "
-            f"{short[max(0, at - 40) : at]!r}. Set `template` to one of Luthier's, or mask_history: true to train the "
-            f"last response only."
+    def _check_own(self, asked: str, whole: str, turn: int) -> None:
+        if not whole.startswith(asked):
+            raise Rewritten(
+                f"the tokenizer's chat template cannot be trained on: at message {turn + 1} what the model is given is "
+                f"not how the conversation with its response begins. {_difference(asked, whole)} Set `template` to "
+                f"one of Luthier's."
+            )
+
+    def _rewritten(self, messages: Sequence[Message], system: str, tools: str, kept: int) -> str:
+        """What is told where one sequence is wanted and the template has none; kept: exchanges of earlier branches."""
+        places = responses(messages)
+        before, _ = self._text.whole(messages[: places[kept - 1] + 1], system, tools)
+        after = self._text.asked(messages[: places[kept]], system, tools)
+        return (
+            f"the tokenizer's chat template cannot be trained on as one sequence: once message {places[kept]} is "
+            f"there, an earlier turn is rewritten. {_difference(before, after)} Set `template` to one of Luthier's, or "
+            f"mask_history: true to train the last response only."
         )
 
-    def _check_content(self, turns: Sequence[Message], source: str, response: str) -> None:
-        """Nothing may vanish: what tools answered and which tools were called must be in the text."""
-        question, answer = turns
-        if question.role == "observation" and question.content.strip() not in source:
-            escaped = json.dumps(question.content, ensure_ascii=False)[1:-1]
-            if escaped not in source:
-                raise TemplateError("the tokenizer's chat template leaves out what tools answer. Set `template`.")
-        if answer.role == "function":
-            _, calls = self._calls(answer)
-            missing = [call.name for call in calls if call.name not in response]
-            if missing:
-                raise TemplateError(
-                    f"the tokenizer's chat template leaves out calls of tools ({', '.join(missing)}). Set `template`."
-                )
-
-    def _render(self, messages: Sequence[Message], system: str, tools: str, *, ask: bool) -> str:
-        return self._apply(messages, system, tools, ask=ask, spans=False)[0]
-
-    def _render_spans(self, messages: Sequence[Message], system: str, tools: str) -> tuple[str, list[tuple[int, int]]]:
-        return self._apply(messages, system, tools, ask=False, spans=self._tracks)
-
-    def _apply(
-        self, messages: Sequence[Message], system: str, tools: str, *, ask: bool, spans: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError as JinjaError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        system = system or self._default_system
-        conversation = [{"role": "system", "content": system}] if system else []
-        conversation += [self._message(message) for message in messages]
-        definitions = [wrapped_definition(tool) for tool in read_definitions(tools)] if tools else []
-        try:
-            rendered, found = render_jinja_template(
-                conversations=[conversation],
-                tools=definitions or None,
-                chat_template=self.tokenizer.get_chat_template(tools=definitions or None),
-                add_generation_prompt=ask,
-                return_assistant_tokens_mask=spans,
-                **self.tokenizer.special_tokens_map,
-                **self._variables,
-            )
-        except (JinjaError, TypeError, AttributeError, ValueError) as error:
-            raise TemplateError(f"the tokenizer's chat template cannot render this conversation: {error}") from error
-        return rendered[0], (found[0] if spans else [])
-
-    def _message(self, message: Message) -> dict[str, Any]:
-        if message.role == "observation":
-            return {"role": "tool", "content": message.content}
-        if message.role != "function":
-            return {"role": message.role, "content": message.content}
-        lead, calls = self._calls(message)
-        written = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
-        return {"role": "assistant", "content": lead, "tool_calls": written}
-
-    def _calls(self, message: Message) -> tuple[str, list[Any]]:
-        return read_calls(message.content, ("<think>", "</think>"), ("<tool_call>", "</tool_call>"))
-
-    def _template_variables(self, config: TemplateConfig) -> dict[str, Any]:
-        """What is handed to the template beside the messages. A key that cannot act is an error or a warning."""
-        useless = [key for key in _NOT_OURS if getattr(config, key) is not None]
-        if useless:
-            raise ConfigError(
-                f"{', '.join(useless)}: the tokenizer's own chat template decides this. Set `template` or leave it out."
-            )
-        variables: dict[str, Any] = {"date_string": config.date_string}
-        if config.enable_thinking is not None:
-            variables["enable_thinking"] = config.enable_thinking
-        if config.preserve_thinking:
-            variables["preserve_thinking"] = True
-        for key, off in (("enable_thinking", False), ("preserve_thinking", True)):
-            if variables.get(key) is off and key not in self._source:
-                log.warning("the tokenizer's chat template knows no %s: it has no effect.", key)
-        if "strftime_now" in self._source and "date_string" not in self._source:
-            log.warning("the tokenizer's chat template writes today's date: tokens differ from day to day.")
-        return variables
-
-    def _end_of_turn(self) -> str:
-        """The special token that ends a response, found by rendering one."""
+    def _end_of_turn(self) -> str | None:
+        """The special token that ends a response, found by rendering one; None if nothing at all ends it."""
         turns = (Message("user", "ping"), Message("assistant", "pong"))
-        whole = self._render(turns, "", "", ask=False)
+        whole, _ = self._text.whole(turns, "", "")
         added = self.tokenizer.get_added_vocab()
         special = {*self.tokenizer.all_special_tokens, *added}
         tail = whole[whole.rfind("pong") + len("pong") :]
         tokens = self.tokenizer.convert_ids_to_tokens(self._pieces(tail))
         end = next((token for token in tokens if token in special), None)
-        if end is None:
+        if end is None and (tail.strip() or self.tokenizer.eos_token is None):
             raise TemplateError(
                 f"the tokenizer's chat template ends a response with {tail!r}, which holds no special token, so a "
                 f"model trained with it would not learn to stop. Set `template` to one of Luthier's."
             )
         return end
 
-
-def _source(tokenizer: Any) -> str:
-    """The text of the chat template; TemplateError if the tokenizer has none."""
-    template = tokenizer.chat_template
-    if not template:
-        raise TemplateError(
-            f"`template` is not set and the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no "
-            f"chat template. Set the template the model was trained with, such as template: chatml, or "
-            f"template: default for a base model."
+    def _dialect(self) -> str:
+        """The tool format that reads the template's own calls; default if none does."""
+        call = Call("ping", {"text": "pong", "count": 1})
+        talk = (
+            Message("user", "ping"),
+            Message("function", '{"name": "ping", "arguments": {"text": "pong", "count": 1}}'),
         )
-    return template if isinstance(template, str) else repr(sorted(template.items()))
+        try:
+            whole, _ = self._text.whole(talk, "", "")
+            said = whole[len(self._text.asked(talk[:1], "", "")) :]
+        except TemplateError:
+            return "default"
+        said = said.removesuffix("\n").removesuffix(self.tokenizer.convert_ids_to_tokens(self._end) or "")
+        return next((name for name in names("tool_formats") if tool_format(name).parse(said)[1] == [call]), "default")
+
+
+def _difference(short: str, long: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(short, long)) if a != b), min(len(short), len(long)))
+    return (
+        f"The first difference, at character {at}: {short[at : at + 60]!r} against {long[at : at + 60]!r}, after "
+        f"{short[max(0, at - 40) : at]!r}."
+    )

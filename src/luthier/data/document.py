@@ -35,11 +35,19 @@ class DocumentRenderer:
         """Raises ConfigError."""
         raise ConfigError(self.problem)
 
+    def branches(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(self.problem)
+
     def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(self.problem)
 
     def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(self.problem)
+
+    def reply(self, text: str, *, tools: str = "") -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(self.problem)
 

@@ -5,8 +5,8 @@
     false             stripped                  an empty thought ends the prompt, not trained
     null              kept                      an empty thought ends the prompt, not trained
 
-The rules are LLaMA-Factory's. History is what stands before the last exchange: where only the last response is
-trained, its thoughts are stripped unless `preserve_thinking`, as the models' own chat templates do.
+The rules are LLaMA-Factory's. History is what stands before the exchange that is spoken of. Its thoughts are stripped
+unless `preserve_thinking`, as the models' own chat templates do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from luthier.core.types import Message
+from luthier.data.turns import RESPONSES, responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,8 @@ class Reasoning:
     words: tuple[str, str]
     enable: bool | None
     preserve: bool
-
-    @property
-    def empty(self) -> str:
-        """A thought with nothing in it."""
-        return self.words[0] + self.words[1]
+    empty: str
+    """A thought with nothing in it."""
 
     @property
     def trains_empty(self) -> bool:
@@ -45,28 +43,25 @@ class Reasoning:
         """Whether the content has a thought, or a part of one."""
         return any(word.strip() in content for word in self.words)
 
+    def spoken(self, messages: Sequence[Message]) -> list[Message]:
+        """Every response as it is trained where it is the last."""
+        return self.past(messages) if self.enable is False else list(messages)
+
+    def past(self, messages: Sequence[Message]) -> list[Message]:
+        """Every response as it stands in history, without thoughts."""
+        return [
+            replace(message, content=self.strip(message.content)) if message.role in RESPONSES else message
+            for message in messages
+        ]
+
     def conversation(self, messages: Sequence[Message], mask_history: bool) -> tuple[list[Message], set[int]]:
-        """A conversation whose responses stand at odd places: the messages as they are to be rendered, and the
-        places of responses that get an empty thought."""
-        responses = range(1, len(messages), 2)
-        forget = mask_history and not self.preserve
-        stripped = [i for i in responses if self.enable is False or (forget and i != len(messages) - 1)]
-        rendered = self._stripped(messages, stripped)
-        candidates = responses[-1:] if forget else responses
-        return rendered, {i for i in candidates if not self.thinks(rendered[i].content)}
-
-    def exchange(self, messages: Sequence[Message]) -> tuple[list[Message], bool]:
-        """A prompt and its response, the last message: the messages as they are to be rendered, and whether the
-        response gets an empty thought."""
-        last = len(messages) - 1
-        stripped = [] if self.preserve else list(range(1, last, 2))
-        if self.enable is False:
-            stripped.append(last)
-        rendered = self._stripped(messages, stripped)
-        return rendered, not self.thinks(rendered[last].content)
-
-    def _stripped(self, messages: Sequence[Message], places: Sequence[int]) -> list[Message]:
-        rendered = list(messages)
-        for i in places:
-            rendered[i] = replace(rendered[i], content=self.strip(rendered[i].content))
-        return rendered
+        """A conversation as one sequence: the messages as they are to be rendered, and the places of responses that
+        get an empty thought. With `mask_history` only the last response is trained, and history is history."""
+        places = responses(messages)
+        if mask_history and not self.preserve:
+            last = places[-1]
+            rendered = [*self.past(messages[:last]), *self.spoken(messages[last:])]
+            candidates = places[-1:]
+        else:
+            rendered, candidates = self.spoken(messages), places
+        return rendered, {place for place in candidates if not self.thinks(rendered[place].content)}

@@ -19,24 +19,30 @@ from luthier.data.tools import tool_format
 
 log = get_logger("data.template")
 
+AUTO = "auto"
+"""The value of `template` that says what unset says: the tokenizer's own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateConfig:
     """How messages become tokens."""
 
     template: str | None = None
-    """Name of the chat template; unset: the tokenizer's own. It must be the one the model was trained with."""
+    """Name of the chat template; unset or auto: the tokenizer's own. It must be the one the model was trained with."""
     default_system: str | None = None
     """System prompt of conversations that bring none; unset: the template's."""
     enable_thinking: bool | None = True
     """Reasoning templates. true: thoughts are trained, turns without one train an empty one; false: thoughts are
     removed and an empty one stands in the prompt; null: thoughts are kept, an empty one in the prompt if missing."""
     preserve_thinking: bool = False
-    """Reasoning templates: keep the thoughts of earlier turns where only the last response is trained."""
+    """Reasoning templates: the model goes on seeing the thoughts of its earlier turns. Off: they vanish from history,
+    in chat and in training, where each turn becomes a branch of its own."""
     tool_format: str | None = None
-    """How tools and their calls are written (default, qwen, llama3, mistral, glm4); unset: the template's way."""
+    """How tools and their calls are written, a name of tool_formats/ (default, qwen, llama3, mistral, glm4 ...);
+    unset: the template's way."""
     date_string: str = "26 Jul 2024"
-    """The day that templates with a date in the prompt are told (Llama 3); never the clock's, so tokens repeat."""
+    """The day that templates with a date in the prompt are told (Llama 3 with tools, gpt-oss); never the clock's, so
+    that tokens repeat."""
     efficient_eos: bool | None = None
     """Whether only the end of a conversation carries eos, not each turn; unset: as the template has it."""
     replace_eos: bool | None = None
@@ -64,6 +70,8 @@ Slots = str | tuple[str | Special | Token, ...]
 """What a message becomes. `{{content}}` stands for its text, `{{idx}}` for the number of the exchange (user and
 observation). One string stands for a tuple of one."""
 
+Parts = tuple[str | Special | Token, ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
@@ -79,6 +87,11 @@ class Template:
     """Unset: those of user."""
     prefix: Slots = ()
     """Before everything else."""
+    opening: Slots | None = None
+    """What begins a response: the end of the slots of user and observation. Where no response follows it is left out,
+    where one response follows another it is put between them. Unset: turns must alternate."""
+    results_joint: str | None = None
+    """What stands between the answers of several tools in a row, which then are one turn; unset: each is a turn."""
     tool_format: str = "default"
     default_system: str = ""
     stop_words: tuple[str, ...] = ()
@@ -86,6 +99,8 @@ class Template:
     markers: tuple[str, ...] = ()
     """Special tokens the slots write, beside the stop words: the vocabulary must have them."""
     thought_words: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
+    empty_thought: str | None = None
+    """A thought with nothing in it; unset: the two words."""
     tool_call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
     efficient_eos: bool = False
     """Turns carry no end token; the stage puts eos at the end of the conversation."""
@@ -93,6 +108,8 @@ class Template:
     """The first stop word becomes the tokenizer's eos."""
     fuse_system: bool = False
     """The system prompt stands inside the first user message."""
+    trim_tools: bool = False
+    """The list of tools loses its leading line breaks where no system prompt stands before it."""
     reasoning: bool = False
     """Thoughts follow the rules of `data/reasoning.py`."""
     replace_chat_template: bool = False
@@ -100,13 +117,14 @@ class Template:
     document_end: str | None = None
     """What ends a pre-training document; unset: eos."""
 
-    def slots(self, role: str) -> tuple[str | Special | Token, ...]:
-        """The slots of a role, or of "system" or "prefix", with those left unset filled in."""
+    def slots(self, role: str) -> Parts:
+        """The slots of a role, or of "system" or "prefix" or "opening", with those left unset filled in."""
         assistant = (
             self.assistant if self.assistant is not None else ("{{content}}",) + (EOS,) * (not self.efficient_eos)
         )
         table = {
             "prefix": self.prefix,
+            "opening": self.opening or (),
             "system": self.system,
             "user": self.user,
             "observation": self.user if self.observation is None else self.observation,
@@ -116,6 +134,20 @@ class Template:
         found = table[role]
         return (found,) if isinstance(found, str) else found
 
+    def without_opening(self, role: str) -> Parts:
+        """The slots of user or observation where no response follows."""
+        slots, opening = self.slots(role), self.slots("opening")
+        if not opening:
+            return slots
+        first, *rest = opening
+        at = len(slots) - len(rest) - 1
+        before, last = slots[:at], slots[at]
+        if list(slots[at + 1 :]) == rest and isinstance(last, str) and isinstance(first, str) and last.endswith(first):
+            return (*before, last.removesuffix(first)) if last != first else before
+        if slots[at:] != opening:
+            raise ValueError(f"the slots of {role} must end with the opening {opening}, got {slots}")
+        return before
+
 
 def make_renderer(config: TemplateConfig, tokenizer: Any) -> Renderer:
     """Bind the template of the configuration to a tokenizer, which is changed where the template needs it: eos
@@ -123,7 +155,7 @@ def make_renderer(config: TemplateConfig, tokenizer: Any) -> Renderer:
     is none. A tokenizer without a usable chat template of its own can still render documents; asked for a conversation
     the renderer raises ConfigError. Raises TemplateError if the tokenizer lacks a token of the template, ConfigError
     for an unknown name."""
-    if config.template is None:
+    if config.template in (None, AUTO):
         from luthier.data.chat_template import ChatTemplateRenderer
         from luthier.data.document import DocumentRenderer
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from luthier.data.template import BOS, EOS, Template
+
+_VICUNA = Template(
+    user="USER: {{content}} ASSISTANT:",
+    default_system=(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+)
 
 TEMPLATES = {
     "default": Template(
@@ -21,13 +31,31 @@ TEMPLATES = {
         ),
         replace_chat_template=True,
     ),
-    "vicuna": Template(
-        user="USER: {{content}} ASSISTANT:",
+    "vicuna": replace(_VICUNA, replace_chat_template=True),
+    "llava": _VICUNA,
+    "llava_next": _VICUNA,
+    "llava_next_video": _VICUNA,
+    "video_llava": _VICUNA,
+    "xuanyuan": Template(
+        user="Human: {{content}} Assistant:",
         default_system=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+            "以下是用户和人工智能助手之间的对话。用户以Human开头，人工智能助手以Assistant开头，"
+            "会对人类提出的问题给出有帮助、高质量、详细和礼貌的回答，并且总是拒绝参与与不道德、"
+            "不安全、有争议、政治敏感等相关的话题、问题和指示。\n"
         ),
-        replace_chat_template=True,
+    ),
+    "yi_vl": Template(
+        user="### Human: {{content}}\n### Assistant:",
+        assistant="{{content}}\n",
+        default_system=(
+            "This is a chat between an inquisitive human and an AI assistant. "
+            "Assume the role of the AI assistant. Read all the images carefully, "
+            "and respond to the human's questions with informative, helpful, detailed and polite answers. "
+            "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+            "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。\n\n"
+        ),
+        stop_words=("###",),
+        efficient_eos=True,
     ),
     "falcon": Template(user="User: {{content}}\nFalcon:", assistant="{{content}}\n", efficient_eos=True),
     "fewshot": Template(assistant="{{content}}\n\n", efficient_eos=True, replace_chat_template=True),

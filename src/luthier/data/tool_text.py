@@ -1,0 +1,115 @@
+"""What the dialects of `luthier/tool_formats/` share: values as text and back, and finding calls in a reply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from luthier.core.errors import TemplateError
+from luthier.core.types import Call
+from luthier.data.tools import Definition, Parsed
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON with the blanks of Python's json module, letters as they are."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def as_value(value: Any) -> str:
+    """An argument where the dialect has no quotes: text as it is, everything else as JSON."""
+    return value if isinstance(value, str) else as_json(value)
+
+
+def from_value(text: str, schema: Any) -> Any:
+    """The inverse of `as_value`; `schema` (of JSON Schema, or None) decides what looks like a number and is a text."""
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parameters(tools: Sequence[Definition], name: str) -> dict[str, Any]:
+    """The schemas of a tool's parameters by name; empty if nothing is known."""
+    found = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
+    known = found.get("properties") if isinstance(found, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def call_of(value: Any, key: str = "arguments") -> Call | None:
+    """A JSON object with a name and arguments as a call, None if it is something else."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or key not in value:
+        return None
+    return Call(value["name"], value[key])
+
+
+def json_calls(text: str, key: str = "arguments") -> list[Call] | None:
+    """Calls from a text that is nothing but JSON: one object or a list of them; None if it is something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = [call_of(value, key) for value in (found if isinstance(found, list) else [found])]
+    return [call for call in calls if call is not None] if calls and None not in calls else None
+
+
+def json_blocks(text: str, opening: str, closing: str) -> Iterator[tuple[int, int, Any]]:
+    """(start, stop, value) of each JSON value between these words; the words may stand inside its strings."""
+    at = 0
+    while (start := text.find(opening, at)) >= 0:
+        at = start + len(opening)
+        found = leading_json(text, at)
+        if found is None:
+            continue
+        value, end = found
+        rest = text[end:].lstrip()
+        if rest.startswith(closing):
+            at = len(text) - len(rest) + len(closing)
+            yield start, at, value
+
+
+def leading_json(text: str, start: int) -> tuple[Any, int] | None:
+    """The JSON value that stands at `start`, after blanks, and where it ends; None if there is none."""
+    begin = start + len(text[start:]) - len(text[start:].lstrip())
+    try:
+        return json.JSONDecoder().raw_decode(text, begin)
+    except (ValueError, RecursionError):
+        return None
+
+
+def outside(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text without these spans; blanks between and after them go with them."""
+    if not spans:
+        return text
+    starts = [*(start for start, _ in spans[1:]), len(text)]
+    after = [text[stop:start] for (_, stop), start in zip(spans, starts)]
+    return text[: spans[0][0]] + "".join(piece for piece in after if piece.strip())
+
+
+def named(call: Call) -> Mapping[str, Any]:
+    """The arguments of a call by name; TemplateError if they are no object, for dialects that write names."""
+    if not isinstance(call.arguments, Mapping):
+        raise TemplateError(f"the arguments of a call of {call.name!r} are {call.arguments!r}, expected an object.")
+    return call.arguments
+
+
+def typed(pairs: Sequence[tuple[str, str]], tools: Sequence[Definition], name: str) -> dict[str, Any]:
+    """Arguments of this tool from their texts."""
+    known = parameters(tools, name)
+    return {key: from_value(text, known.get(key)) for key, text in pairs}
+
+
+def write_tagged(calls: Sequence[Call]) -> str:
+    """Calls as JSON objects, each in `<tool_call>` tags."""
+    return "\n".join(
+        f"<tool_call>\n{as_json({'name': call.name, 'arguments': call.arguments})}\n</tool_call>" for call in calls
+    )
+
+
+def read_tagged(text: str) -> Parsed:
+    """The inverse of `write_tagged`, whatever stands around the calls."""
+    found = [(start, stop, call_of(value)) for start, stop, value in json_blocks(text, "<tool_call>", "</tool_call>")]
+    read = [(start, stop, call) for start, stop, call in found if call is not None]
+    return outside(text, [(start, stop) for start, stop, _ in read]), [call for _, _, call in read]

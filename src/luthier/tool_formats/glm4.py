@@ -1,0 +1,41 @@
+"""GLM-4 and ChatGLM3: the name on a line of its own, then the arguments as JSON; one call per message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.core.errors import TemplateError
+from luthier.core.types import Call
+from luthier.data.tool_text import as_json, leading_json
+from luthier.data.tools import Definition, Parsed
+
+JOINT = ""
+
+
+def describe(tools: Sequence[Definition], date: str) -> str:
+    """See ToolFormat."""
+    listing = "".join(
+        f"\n\n## {tool['name']}\n\n{as_json(tool, indent=4)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+        for tool in tools
+    )
+    return (
+        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，"
+        f"你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具{listing}"
+    )
+
+
+def call(calls: Sequence[Call]) -> str:
+    """See ToolFormat."""
+    if len(calls) != 1:
+        raise TemplateError(f"GLM-4 writes one call per message, got {len(calls)}. Give each call a turn of its own.")
+    return f"{calls[0].name}\n{as_json(calls[0].arguments)}"
+
+
+def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
+    """See ToolFormat."""
+    name, newline, _ = text.lstrip("\n").partition("\n")
+    at = len(text) - len(text.lstrip("\n")) + len(name) + 1
+    found = leading_json(text, at) if newline and name and not any(letter.isspace() for letter in name) else None
+    if found is None or not isinstance(found[0], dict) or text[found[1] :].strip():
+        return text, []
+    return "", [Call(name, found[0])]

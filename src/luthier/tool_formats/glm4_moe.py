@@ -1,0 +1,44 @@
+"""GLM-4.5 and later: each argument between tags of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from luthier.core.types import Call
+from luthier.data.tool_text import as_json, as_value, named, outside, typed
+from luthier.data.tools import Definition, Parsed, wrapped_definition
+
+JOINT = ""
+_CALL = re.compile(r"\n?<tool_call>([^<\n]+)\n?(.*?)</tool_call>", re.DOTALL)
+_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+def describe(tools: Sequence[Definition], date: str) -> str:
+    """See ToolFormat."""
+    listing = "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools)
+    return (
+        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{listing}\n</tools>\n\n"
+        "For each function call, output the function name and arguments within the following XML format:\n"
+        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
+        "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>\n"
+    )
+
+
+def call(calls: Sequence[Call]) -> str:
+    """See ToolFormat."""
+    return "".join(f"\n<tool_call>{call.name}\n{_arguments(call)}</tool_call>" for call in calls)
+
+
+def _arguments(call: Call) -> str:
+    return "".join(
+        f"<arg_key>{name}</arg_key>\n<arg_value>{as_value(value)}</arg_value>\n" for name, value in named(call).items()
+    )
+
+
+def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
+    """See ToolFormat."""
+    found = [one for one in _CALL.finditer(text) if not _ARGUMENT.sub("", one[2]).strip()]
+    calls = [Call(one[1], typed(_ARGUMENT.findall(one[2]), tools, one[1])) for one in found]
+    return outside(text, [one.span() for one in found]), calls

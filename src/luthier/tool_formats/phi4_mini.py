@@ -1,0 +1,29 @@
+"""Phi-4-mini: a JSON list after the word `functools`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.core.types import Call
+from luthier.data.tool_text import as_json, json_calls
+from luthier.data.tools import Definition, Parsed
+
+JOINT = "\n"
+_MARK = "functools["
+
+
+def describe(tools: Sequence[Definition], date: str) -> str:
+    """See ToolFormat."""
+    return f"<|tool|>{as_json(list(tools))}<|/tool|>"
+
+
+def call(calls: Sequence[Call]) -> str:
+    """See ToolFormat."""
+    return "functools" + as_json([{"name": call.name, "arguments": call.arguments} for call in calls])
+
+
+def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
+    """See ToolFormat."""
+    at = text.find(_MARK)
+    calls = json_calls(text[at + len(_MARK) - 1 :]) if at >= 0 else None
+    return (text, []) if calls is None else (text[:at], calls)

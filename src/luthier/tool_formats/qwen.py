@@ -1,0 +1,33 @@
+"""Qwen 2 and 3, and Hermes before them: JSON inside `<tool_call>` tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.core.types import Call
+from luthier.data.tool_text import as_json, read_tagged, write_tagged
+from luthier.data.tools import Definition, Parsed, wrapped_definition
+
+JOINT = "\n"
+
+
+def describe(tools: Sequence[Definition], date: str) -> str:
+    """See ToolFormat."""
+    listing = "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools)
+    return (
+        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{listing}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within "
+        '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, '
+        '"arguments": <args-json-object>}\n</tool_call>'
+    )
+
+
+def call(calls: Sequence[Call]) -> str:
+    """See ToolFormat."""
+    return write_tagged(calls)
+
+
+def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
+    """See ToolFormat."""
+    return read_tagged(text)
