@@ -102,6 +102,7 @@ _EVALUATION = "benchmarks are not there yet; leave the key out"
 _LOSS = "this loss is not there yet; leave the key out for plain cross-entropy"
 _PREDICT = "scoring generated answers is not there yet; write them with `luthier infer CONFIG`"
 _EXPORT_QUANT = "quantising on export is not supported yet; export first, then quantise with the tool of your choice"
+_RATIO = "BAdam's mode ratio makes sparse gradients, whose norm the Trainer cannot take; use badam_mode: layer"
 _UNSLOTH = "Unsloth is not supported; leave the key out, Luthier shares prefixes and packs by itself"
 
 LLAMA_FACTORY: dict[str, Refused] = {
@@ -151,6 +152,7 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_REWARD, reward_model_type="lora"),
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
     # optimisers
+    **_group(_RATIO, badam_mode="layer", badam_update_ratio=0.05, badam_mask_mode="adjacent"),
     "apollo_layerwise": Refused((False,), "updates inside the backward pass cannot be clipped; leave the key out"),
     # trackers, launchers, profiling
     **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),

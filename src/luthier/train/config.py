@@ -71,6 +71,9 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
         train = _cpu_precision(keys, train, notes)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             keys.setdefault("ddp_backend", "gloo")
+        if train.activation_offload:
+            train = replace(train, activation_offload=False)
+            notes.append("activation_offload: on a CPU everything is in the host's memory already.")
     _checkpointing(keys, train, notes)
     _purpose(keys, notes)
     if train.early_stopping_steps is not None and keys.get("metric_for_best_model") is None:
