@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.core.errors import ConfigError
-from luthier.model.modules import tied
 from luthier.optim._task import ADAMW, Task, decayed, one_of, trained
 
 if TYPE_CHECKING:
@@ -21,30 +20,22 @@ PACKAGES = {"badam": "badam"}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which part of the weights moves, and when the next one's turn is."""
+    """Which layer moves, and when the next one's turn is."""
 
     use_badam: bool = False
     """Train the weights block by block with BAdam."""
-    badam_mode: Literal["layer", "ratio"] = "layer"
-    """layer: one layer at a time; ratio: a share of the numbers of every weight."""
     badam_start_block: int | None = None
     """The layer that is trained first; unset: the first in the order of badam_switch_mode."""
     badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = "ascending"
     """Order of the layers; fixed: badam_start_block alone is trained."""
     badam_switch_interval: int | None = 50
     """Steps until the next layer's turn; -1: all steps are the first one's."""
-    badam_update_ratio: float = 0.05
-    """Share of the numbers that badam_mode: ratio trains."""
-    badam_mask_mode: Literal["adjacent", "scatter"] = "adjacent"
-    """Whether the numbers of badam_mode: ratio lie side by side or anywhere."""
     badam_verbose: Literal[0, 1, 2] = 0
     """How much BAdam says: 0 nothing, 1 the block in turn, 2 its weights."""
 
     def __post_init__(self) -> None:
         if self.badam_switch_mode == "fixed" and self.badam_start_block is None and self.use_badam:
             raise ConfigError("badam_switch_mode: fixed trains one block: set badam_start_block.")
-        if not 0 < self.badam_update_ratio <= 1:
-            raise ConfigError(f"badam_update_ratio: {self.badam_update_ratio} must be above 0 and at most 1.")
 
 
 def wanted(config: Config, task: Task) -> bool:
@@ -55,7 +46,7 @@ def wanted(config: Config, task: Task) -> bool:
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """BAdam around the AdamW that `optim` names."""
     one_of(task, "use_badam", ADAMW)
-    return (_blocks if config.badam_mode == "layer" else _ratio)(model, config, task)
+    return _blocks(model, config, task)
 
 
 def _groups(model: nn.Module, task: Task) -> list[dict[str, Any]]:
@@ -108,20 +99,4 @@ def _blocks(model: nn.Module, config: Config, task: Task) -> Optimizer:
         start_block=config.badam_start_block,
         switch_mode=config.badam_switch_mode,
         verbose=config.badam_verbose,
-    )
-
-
-def _ratio(model: nn.Module, config: Config, task: Task) -> Optimizer:
-    from badam import BlockOptimizerRatio
-
-    if task.args.max_grad_norm:
-        raise ConfigError("badam_mode: ratio makes sparse gradients, which cannot be clipped. Set max_grad_norm: 0.")
-    return BlockOptimizerRatio(
-        param_groups=_groups(model, task),
-        named_parameters_list=trained(model),
-        update_ratio=config.badam_update_ratio,
-        mask_mode=config.badam_mask_mode,
-        include_lm_head=tied(model),  # BAdam looks for a head of its own otherwise
-        verbose=config.badam_verbose,
-        **task.adam,
     )

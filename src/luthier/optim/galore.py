@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.core.errors import ConfigError
@@ -53,9 +54,12 @@ def wanted(config: Config, task: Task) -> bool:
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """GaLore's optimiser over all trained weights; those that are not projected get plain updates."""
     import galore_torch
+    import torch
     from galore_torch.galore_projector import GaLoreProjector
 
     one_of(task, "use_galore", KINDS)
+    if task.optim in ADAMW_8BIT and not torch.cuda.is_available():
+        raise ConfigError(f"use_galore: with optim: {task.optim} GaLore needs a CUDA device. Use optim: adamw_torch.")
     if config.galore_layerwise:
         return _layerwise(model, config, task)
     targets = matrices(model, "galore_target", config.galore_target)
@@ -87,12 +91,12 @@ def _layerwise(model: nn.Module, config: Config, task: Task) -> Optimizer:
     if task.args.weight_decay:
         raise ConfigError("galore_layerwise: weight_decay does not apply to it; set weight_decay: 0 or leave one out.")
     targets = matrices(model, "galore_target", config.galore_target)
-    args = replace(
-        task.args,
-        optim=f"{KINDS[task.optim][1]}_layerwise",
-        optim_target_modules=sorted(name.removesuffix(".weight") for name in targets),
-        optim_args=f"rank={config.galore_rank},update_proj_gap={config.galore_update_interval},"
-        f"scale={config.galore_scale},proj_type={config.galore_proj_type}",
+    args = copy.copy(task.args)  # `replace` would begin the whole set-up of devices and processes again
+    args.optim = f"{KINDS[task.optim][1]}_layerwise"
+    args.optim_target_modules = sorted(name.removesuffix(".weight") for name in targets)
+    args.optim_args = (
+        f"rank={config.galore_rank},update_proj_gap={config.galore_update_interval},"
+        f"scale={config.galore_scale},proj_type={config.galore_proj_type}"
     )
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     return kind(optimizer_dict=settings["optimizer_dict"], lr=settings["lr"])
