@@ -50,15 +50,15 @@ def fit(run: Run) -> Result:
     import transformers
 
     from luthier.model.adapt import adapt, count_parameters, sidecars
-    from luthier.train import config, report
+    from luthier.train import config, report, resume
 
     logging.quiet_libraries()
     if run.train.plot_loss:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
     one_device_each(args)
+    going_on, args = _resume_from(run, args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
-    resume = _resume_from(run, args)
     transformers.set_seed(args.seed)
 
     tokenizer, data = load_data(run, seed=args.seed)
@@ -76,9 +76,11 @@ def fit(run: Run) -> Result:
     log.info("%s", count_parameters(model))
 
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
+    packing = packing or run.layout.neat_packing
     laid_out = lay_out(
         run,
-        bundles(run, data.train, packing=packing or run.layout.neat_packing),
+        # Of a stream, the first rows stand for all.
+        bundles(run, data.train if data.stream is None else data.stream.sample(), packing=packing),
         setup,
         tokenizer,
         batch_size=args.per_device_train_batch_size,
@@ -86,6 +88,13 @@ def fit(run: Run) -> Result:
     )
     evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
     train, collator = laid_out.train, laid_out.collator
+    mark = "" if run.data.streaming else resume.data_mark(train)
+    if going_on is not None:
+        resume.check_data(going_on, mark, allow=run.resume.allow_config_change)
+    if data.stream is not None:
+        train = data.stream.laid_out(
+            run.layout.cutoff_len if packing else None, shuffle=not run.train.disable_shuffling
+        )
     if not run.objective.trains_backbone:
         setup, train, evaluation, collator = _head_only(run, setup, train, evaluation, collator, args)
     trainer = make_trainer(
@@ -95,6 +104,8 @@ def fit(run: Run) -> Result:
         tokenizer,
         sidecars=[_config_writer(run), *sidecars(model, run.adapter, run.model)],
         optimizer_cls_and_kwargs=optimiser,
+        async_save=run.resume.async_save,
+        data_mark=mark,
         train_dataset=train,
         eval_dataset=evaluation.get("", evaluation or None),
         data_collator=collator,
@@ -102,11 +113,11 @@ def fit(run: Run) -> Result:
     )
     if run.reference.precompute_reference and setup.reference is not None:
         _precompute(run, trainer)
-    metrics = _train(run, trainer, resume)
+    metrics = _train(run, trainer, None if going_on is None else str(going_on))
     return Result(Path(args.output_dir), metrics, _stopped_by(trainer))
 
 
-def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
+def _train(run: Run, trainer: Trainer, going_on: str | None) -> dict[str, float]:
     from luthier.callbacks.progress import ProgressCallback
     from luthier.callbacks.stop_signals import StopSignals
     from luthier.model.adapt import finish
@@ -115,13 +126,15 @@ def _train(run: Run, trainer: Trainer, resume: str | None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if trainer.args.do_train:
         try:
-            outcome = trainer.train(resume_from_checkpoint=resume)
+            outcome = trainer.train(resume_from_checkpoint=going_on)
         finally:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback | StopSignals):
                     callback.close()
         metrics |= outcome.metrics
         if _stopped_by(trainer) is not None:
+            if trainer.failed_save is not None:
+                raise CheckpointError(f"{trainer.failed_save} What was trained since then is lost.")
             return metrics
         trainer.save_final()
         if trainer.is_world_process_zero():
@@ -186,36 +199,20 @@ def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
     return found or None
 
 
-def _resume_from(run: Run, args: transformers.TrainingArguments) -> str | None:
-    """The checkpoint to go on from; cleans up what an interrupted run left half-written."""
-    from luthier.train import checkpoint
+def _resume_from(run: Run, args: transformers.TrainingArguments) -> tuple[Path | None, transformers.TrainingArguments]:
+    """The checkpoint to go on from, and the arguments with which its steps stay what they were."""
+    from luthier.train import config, resume
 
-    folder = Path(args.output_dir)
-    _writable(folder)
-    asked = run.training.get("resume_from_checkpoint")
-    found = checkpoint.complete(folder)
-    if isinstance(asked, str):
-        if not (Path(asked) / checkpoint.STATE).is_file():
-            raise CheckpointError(f"resume_from_checkpoint: {asked} is no complete checkpoint (no {checkpoint.STATE}).")
-        return asked
-    if not args.do_train:
-        return None
-    if args.process_index == 0:
-        checkpoint.sweep(folder)
-    if run.train.overwrite_output_dir and not asked:
-        return None
-    if found:
-        log.info("Resuming from %s. (overwrite_output_dir: true starts afresh.)", found[-1])
-        return str(found[-1])
-    if asked:
-        raise CheckpointError(f"resume_from_checkpoint: there is no complete checkpoint in {folder}.")
-    weights = [p.name for p in folder.glob("*.safetensors")]
-    if weights:
-        raise ConfigError(
-            f"output_dir: {folder} already holds a trained model ({weights[0]}) and no checkpoint to go on from. "
-            "Choose another folder, or set overwrite_output_dir: true."
-        )
-    return None
+    _writable(Path(args.output_dir))
+    asked, allow = run.training.get("resume_from_checkpoint"), run.resume.allow_config_change
+    found = resume.choose(args, asked=asked, overwrite=run.train.overwrite_output_dir)
+    if found is None:
+        return None, args
+    if changes := resume.same_step(found, args):
+        args = config.training_arguments(run.training, run.train, **changes)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    resume.check_config(found, run.to_yaml(), rows_per_step=rows, allow=allow)
+    return found, args
 
 
 def _writable(folder: Path) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from luthier.model.load import ModelConfig
     from luthier.model.quantise import QuantConfig
     from luthier.model.reference import ReferenceConfig
+    from luthier.train.resume import ResumeConfig
 
 __all__ = ["OWNERS", "Run", "RunConfig", "Source", "resolve"]
 
@@ -59,6 +60,7 @@ OWNERS: dict[str, str] = {
     "adapter": "luthier.model.adapt:AdapterConfig",
     "reference": "luthier.model.reference:ReferenceConfig",
     "train": "luthier.train.config:TrainConfig",
+    "resume": "luthier.train.resume:ResumeConfig",
     "generate": "luthier.engines.sampling:GenerateConfig",
     "score": "luthier.engines.scoring:ScoreConfig",
     "speculate": "luthier.engines.drafting:SpeculateConfig",
@@ -102,6 +104,7 @@ class Run:
     """The Config of each file in optim/, by its name."""
     reference: ReferenceConfig
     train: TrainConfig
+    resume: ResumeConfig
     training: dict[str, Any]
     """Hugging Face's training keys: those the user set, under today's names, and those derived from the machine."""
     generate: GenerateConfig
@@ -277,6 +280,8 @@ def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> I
     evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval") or training.get("do_predict")
     if verb in TRAINS and sections["data"].val_size and not evaluates:
         yield "val_size keeps rows from training, but nothing evaluates them; set eval_strategy: steps or epoch."
+    if verb not in TRAINS:
+        yield from sections["speculate"].idle(verb)
 
 
 def _values(section: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -180,7 +181,8 @@ class ProgressCallback(TrainerCallback):
         self._end_evaluation()
 
     def on_save(self, args, state, control, **kwargs):
-        if self._display is not None:
+        # One that could not be written, or is still being written, is not there.
+        if self._display is not None and (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir():
             self._display.note(f"saved checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from luthier.core.log import get_logger
+from luthier.train.loop_state import Postpones
 
 if TYPE_CHECKING:
     from luthier.run import Run
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopSignals(TrainerCallback):
+class StopSignals(TrainerCallback, Postpones):
     """All ranks stop after the same step, whichever of them were signalled. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class StopSignals(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.close()
         self.stopped_by = self._received = None
+        self.owes_evaluation = False
         # Python lets only the main thread install handlers; a run inside another one is its owner's to stop.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._catch) for number in _CAUGHT}
@@ -47,14 +49,24 @@ class StopSignals(TrainerCallback):
             )
             control.should_save = True
             control.should_training_stop = True
-            # Whoever sent the signal may not wait for an evaluation.
-            control.should_evaluate = False
+            self._postpone(control)
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped_by is not None:
-            control.should_save = control.should_evaluate = False
+        if self.stopped_by is None:
+            return control
+        if state.epoch == int(state.epoch):
+            self._postpone(control)
+        else:
+            # The epoch goes on in the resumed run, and what belongs to its end comes then.
+            control.should_evaluate = control.should_log = False
+        control.should_save = False
         return control
+
+    def _postpone(self, control: TrainerControl) -> None:
+        """Whoever sent the signal may not wait for an evaluation: the resumed run begins with it."""
+        self.owes_evaluation |= control.should_evaluate
+        control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

@@ -47,12 +47,21 @@ class LoopState:
     """Most rows of a micro-batch that fit into memory, where that was found out."""
     owes_evaluation: bool = False
     """The run was stopped before an evaluation that was due."""
+    stream: tuple[int, ...] = ()
+    """Of streamed data, where this rank's next micro-batch begins: chunk, and bundle in it."""
     finished: bool = False
     """What was evaluated ended the run (early stopping)."""
+    data: str = ""
+    """`resume.data_mark` of the training rows; "" where they are read on the way."""
 
     def save(self, folder: Path, rank: int) -> None:
         """Write one rank's file."""
         (folder / _NAME.format(rank)).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def first(folder: str | Path) -> LoopState | None:
+    """Rank 0's; None for a checkpoint of another tool."""
+    return _read(folder, 0)
 
 
 def load(folder: str | Path, rank: int, world: int) -> LoopState | None:
@@ -61,17 +70,17 @@ def load(folder: str | Path, rank: int, world: int) -> LoopState | None:
     Where the number of processes changed, rank 0 takes over what was summed, and losses (which are averaged over the
     processes) are shared out.
     """
-    first = _read(folder, 0)
-    if first is None or first.world == world:
-        return first if rank == 0 else _read(folder, rank) or first
-    old = [_read(folder, other) or first for other in range(first.world)]
-    meter = dict(first.meter)
+    zero = first(folder)
+    if zero is None or zero.world == world:
+        return zero if rank == 0 else _read(folder, rank) or zero
+    old = [_read(folder, other) or zero for other in range(zero.world)]
+    meter = dict(zero.meter)
     if meter:
         names = {name for state in old for name in state.meter["sums"]}
         sums = {name: sum(state.meter["sums"].get(name, 0.0) for state in old) for name in sorted(names)}
         meter["sums"] = sums if rank == 0 else dict.fromkeys(sums, 0.0)
     mean = sum(state.loss for state in old) / len(old)
-    return replace(first, loss=mean, meter=meter, fits=None)
+    return replace(zero, loss=mean, meter=meter, fits=None)
 
 
 def _read(folder: str | Path, rank: int) -> LoopState | None:

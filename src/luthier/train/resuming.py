@@ -15,16 +15,21 @@ from luthier.train import checkpoint, loop_state
 from luthier.train.loop_state import LoopState, Postpones
 from luthier.train.meter import Meter
 from luthier.train.saving import Saving, whole
+from luthier.train.streaming import StreamLoader
 
 EPOCHS, STEPS_PER_EPOCH, MAX_STEPS = 0, 1, 6
 """Where they stand in what `set_initial_training_values` returns."""
 
 
 class Resuming(Saving):
-    """A Trainer that knows its place: in the data, in the log, in what callbacks count."""
+    """A Trainer that knows its place: in the data, in the log, in what callbacks count.
 
-    def __init__(self, **kwargs: Any):
+    data_mark: what the training data are, for `resume.check_data`.
+    """
+
+    def __init__(self, *, data_mark: str = "", **kwargs: Any):
         super().__init__(**kwargs)
+        self.data_mark = data_mark
         self.meter = Meter()
         self.bad_in_a_row = 0
         """Steps skipped since the last good one."""
@@ -33,6 +38,8 @@ class Resuming(Saving):
         self._resume: str | None = None
         self._to_pick_up: str | None = None
         self._epoch = self._micro_batches = 0
+        self._streaming: StreamLoader | None = None
+        """The loader of streamed data."""
 
     @property
     def rows_per_step(self) -> int:
@@ -126,7 +133,9 @@ class Resuming(Saving):
             bad_in_a_row=self.bad_in_a_row,
             fits=self.fits,
             owes_evaluation=any(c.owes_evaluation for c in callbacks if isinstance(c, Postpones)),
+            stream=() if self._streaming is None else self._streaming.place,
             finished=self.stops_by_evaluation,
+            data=self.data_mark,
         )
 
     def _pick_up(self) -> None:
