@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import peft
 import pytest
@@ -217,3 +218,21 @@ def test_the_engine_keeps_the_stop_token_where_it_is_asked_to(folder):
     assert found.engine.generate([IDS], sampling, [stop], keep_stop=True) == [whole[: cut + 1]]
     assert found.engine.generate([IDS, IDS], sampling, [stop]) == [whole[:cut]] * 2
     assert list(found.engine.stream(IDS, sampling, [stop])) and found.engine.tally.tokens == cut + 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "keys", "complaint"),
+    [
+        ("infer", {"draft": "prompt_lookup"}, "draft has no effect on infer"),
+        ("chat", {"draft": "prompt_lookup", "draft_layers": 3}, "draft_layers has no effect.*draft is prompt_lookup"),
+        ("speculate", {"draft": "early_exit", "draft_layers": 1, "draft_model": "x"}, "draft_model has no effect"),
+        ("speculate", {"draft": "early_exit", "draft_layers": 1}, None),
+        ("train", {"draft": "prompt_lookup", "draft_layers": 3, "output_dir": "x", "dataset": "x"}, None),
+    ],
+)
+def test_keys_that_change_nothing_are_pointed_out(folder, verb, keys, complaint):
+    warnings = [
+        line for line in resolve_run({"model_name_or_path": str(folder)} | keys, verb=verb).warnings if "draft" in line
+    ]
+    assert bool(warnings) == (complaint is not None)
+    assert complaint is None or re.search(complaint, warnings[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,14 @@ class SpeculateConfig:
         ):  # fmt: skip
             if not holds:
                 raise ConfigError(what + ".")
+
+    def idle(self, verb: str) -> Iterator[str]:
+        """Keys that are set and change nothing for a verb that makes the model speak."""
+        if verb == "infer" and self.draft is not None:
+            yield "draft has no effect on infer; `luthier speculate` answers with drafts."
+        for key, drafter in (("draft_model", "draft_model"), ("draft_layers", "early_exit")):
+            if vars(self)[key] is not None and self.draft not in (None, drafter):
+                yield f"{key} has no effect: it is for draft: {drafter}, and draft is {self.draft}."
 
 
 def make_drafter(
