@@ -86,6 +86,15 @@ def test_what_was_trained_is_what_judges(kind, layout, own):
     assert judged > 5
 
 
+def test_what_saw_both_ways_is_not_remembered():
+    """The text may go on with the very tokens of the last suffix, separator first."""
+    target, context, draft, verifier = Target(lively("qwen3")), [30, 31, 32], [40, 41], [50, 51, 52]
+    judge = AcceptJudge(strict_head(), facts("hybrid"), threshold=0.5, scorer=target)
+    judge.probabilities(context, draft, verifier, Pass(torch.zeros(0), torch.zeros(0)))
+    longer = [*context, SEP, *draft, SEP]
+    torch.testing.assert_close(target.verify(longer, [50]).logits, Target(lively("qwen3")).verify(longer, [50]).logits)
+
+
 def test_eager_attention_gets_the_hybrid_mask_too():
     model, head = lively("gemma3"), strict_head()
     eager = lively("gemma3")
