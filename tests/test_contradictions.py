@@ -105,6 +105,7 @@ OURS = [
     ({"use_asft_loss": True, "stage": "dpo"}, {"stage": "dpo"}),
     ({"moe_aux_loss_coef": 0.01, "packing": True}, {"moe_aux_loss_coef": 0.01}),
     ({"moe_aux_loss_coef": 0.01, "layout": "shared"}, {"moe_aux_loss_coef": 0.0, "layout": "shared"}),
+    ({"use_dora": True, "quantization_bit": 8}, {"use_dora": True, "quantization_bit": 4}),
     ({"activation_offload": True, "disable_gradient_checkpointing": True}, {"activation_offload": True}),
 ]
 ALL = [*THEIRS, *((broken, mended, "train") for broken, mended in OURS)]

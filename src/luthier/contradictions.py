@@ -17,6 +17,7 @@ from luthier.core.config import Given, Problem, Settled
 from luthier.core.kinds import is_true
 from luthier.core.objective import Objective
 from luthier.core.registry import find, names
+from luthier.train import config
 from luthier.train.config import TrainConfig, trains
 from luthier.train.sense import Complaint, complaints
 
@@ -167,6 +168,9 @@ RULES: tuple[Rule, ...] = (
          "a quantised model takes one adapter. Merge them with `luthier export` first.", ()),
     Rule(("pissa_init", "quantization_bit"), lambda k: k["quantization_bit"] and k.on("pissa_init"),
          "needs the whole weights, which are quantised here. Leave one of the two out."),
+    Rule(("use_dora", "quantization_bit"),
+         lambda k: k.on("use_dora") and k["quantization_bit"] == 8 and not config.has_accelerator(),
+         "8-bit layers of bitsandbytes lose their scales under DoRA on a CPU. Write quantization_bit: 4."),
     Rule(("quantization_device_map", "do_train"), lambda k: k["quantization_device_map"] == "auto" and trains(k),
          "auto spreads a quantised model over devices, which works for inference only. Leave it out."),
     Rule(("export_quantization_dataset", "export_quantization_bit"),
