@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +66,8 @@ def stored_as(settings: PretrainedConfig) -> str | None:
         return None
     facts = found if isinstance(found, Mapping) else found.to_dict()
     # Old bitsandbytes checkpoints name no method.
-    name = str(facts.get("quant_method") or "bitsandbytes")
+    name = facts.get("quant_method") or "bitsandbytes"
+    name = str(name.value if isinstance(name, Enum) else name)
     return STORED.get(name, name)
 
 
