@@ -222,7 +222,6 @@ CONFLICTS = [
     ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor"),
     ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, "gradient_checkpointing: contradicts"),
     ({"gradient_checkpointing": True, "activation_checkpointing": False}, "mean the same and differ"),
-    ({"fsdp": "full_shard"}, "FSDP does nothing on a CPU"),
     ({"remove_unused_columns": True}, "remove_unused_columns: a batch has no columns"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size"),

@@ -63,11 +63,22 @@ def without_head(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[s
     return {key: value for key, value in found.items() if f"{SLOT}." not in key}
 
 
-def save(head: nn.Module, name: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write NAME_head.safetensors and NAME_head.json into a folder."""
+def part_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's own tensors in a model's state; empty if the model has none."""
+    return {key.partition(f"{SLOT}.")[2]: value for key, value in state.items() if f"{SLOT}." in key}
+
+
+def save(
+    head: nn.Module, name: str, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write NAME_head.safetensors and NAME_head.json into a folder.
+
+    tensors: the head's state, where the module itself holds only this process's part of it.
+    """
     from safetensors.torch import save_file
 
-    tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+    state = head.state_dict() if not tensors else tensors
+    tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, str(folder / f"{name}_head.safetensors"), metadata={"format": "pt"})
     text = json.dumps({"head": name, **facts}, indent=2) + "\n"
     (folder / f"{name}_head.json").write_text(text, encoding="utf-8")

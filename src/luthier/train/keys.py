@@ -85,6 +85,7 @@ DELIVERED = ("include_num_input_tokens_seen", "disable_tqdm", "remove_unused_col
 """Keys that Luthier fulfils itself, so the Trainer is not asked: tokens are always counted, the bar is ours."""
 
 WIDER: dict[str, Any] = {
+    "fsdp": bool | str | None,
     "resume_from_checkpoint": bool | str | None,
     "lr_scheduler_kwargs": dict[str, Any] | str | None,
 }

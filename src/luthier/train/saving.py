@@ -26,6 +26,7 @@ from luthier.model.head_only import HeadOnly, HeadOnlySetup
 from luthier.model.policy import PolicySetup
 from luthier.train import checkpoint, runlog
 from luthier.train.loop_state import LoopState
+from luthier.train.sharding import Sharding
 from luthier.train.writer import Writer, snapshot
 
 log = get_logger("train")
@@ -46,8 +47,8 @@ class _EpochEnds(transformers.TrainerCallback):
         self.over = True
 
 
-class Saving(transformers.Trainer):
-    """transformers.Trainer whose checkpoints survive being killed, full disks and damage.
+class Saving(Sharding):
+    """A Trainer whose checkpoints survive being killed, full disks and damage.
 
     setup, objective: whose weights and head are saved. sidecars: called with every folder that is saved, checkpoint or
     final. async_save: write checkpoints beside training.
@@ -64,8 +65,8 @@ class Saving(transformers.Trainer):
     ):
         super().__init__(model=setup.model, **kwargs)
         self.setup, self.objective, self.sidecars = setup, objective, tuple(sidecars)
-        self.writer = Writer(background=async_save and not self._sharded)
-        if async_save and self._sharded:
+        self.writer = Writer(background=async_save and not self.sharded)
+        if async_save and self.sharded:
             log.warning("async_save has no effect: FSDP and DeepSpeed write their parts together, between two steps.")
         self.failed_save: str | None = None
         """Why the newest checkpoint that should be there is not."""
@@ -77,11 +78,7 @@ class Saving(transformers.Trainer):
         """Whether an evaluation ended the run (early stopping)."""
         self._ends = _EpochEnds()
         self.add_callback(self._ends)
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether all ranks must take part in writing the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.prove_sharding()
 
     def loop_state(self) -> LoopState:
         """What a resumed run needs to know of the loop."""
@@ -139,15 +136,18 @@ class Saving(transformers.Trainer):
         """Write what is small or takes all ranks; returns what writes the rest."""
         staged.mkdir(parents=True, exist_ok=True)
         args, jobs = self.args, []
-        if self._sharded:
+        if self.sharded:
             self.save_model(str(staged), _internal_call=True)
+            if self.in_parts and args.should_save:
+                self._save_words(staged)
+                self.describe_parts(staged)
         elif args.should_save:
             self._save_words(staged)
             jobs.append(partial(self._save_weights, staged, *self._weights(copied=self.writer.background)))
         if not args.save_only_model:
             self._save_rng_state(str(staged))
             self.loop_state().save(staged, args.process_index)
-            if self._sharded:
+            if self.sharded:
                 self._save_optimizer_and_scheduler(str(staged))
                 self._save_scaler(str(staged))
             elif args.should_save:
@@ -266,14 +266,14 @@ class Saving(transformers.Trainer):
 
     def _save_weights(self, folder: Path, state: dict[str, torch.Tensor], head: nn.Module | None) -> None:
         if not isinstance(self.model, HeadOnly):
-            state = state if head is None else heads.without_head(self.model, state)
+            without = state if head is None else heads.without_head(self.model, state)
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-                str(folder), state_dict=state, is_main_process=self.args.should_save
+                str(folder), state_dict=without, is_main_process=self.args.should_save
             )
         if head is not None and self.objective.head is not None and self.args.should_save:
             facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
             own = self.objective.facts(self.processing_class)
-            heads.save(head, self.objective.head, folder, {**facts, **own})
+            heads.save(head, self.objective.head, folder, {**facts, **own}, heads.part_of(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if not isinstance(self.model, HeadOnly):
@@ -286,7 +286,8 @@ class Saving(transformers.Trainer):
         self._load_head(self.state.best_model_checkpoint)
 
     def _load_head(self, folder: str) -> None:
-        if self.setup.head is not None and self.objective.head is not None:
+        # Engines that shard keep the head with all other weights.
+        if not self.sharded and self.setup.head is not None and self.objective.head is not None:
             heads.load(self.setup.head, self.objective.head, folder)
 
     @property

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.train import config
 from luthier.train.config import TrainConfig
 from luthier.train.keys import training_keys
 
@@ -102,8 +101,6 @@ def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
         value = keys[name]
         if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).expanduser().is_file():
             yield (name,), f"there is no file {value}."
-    if keys["fsdp"] and (keys["use_cpu"] or not config.has_accelerator()):
-        yield ("fsdp", "use_cpu"), "FSDP does nothing on a CPU: accelerate falls back to plain data parallelism there."
 
 
 def _loader(keys: Mapping[str, Any]) -> Iterator[Complaint]:
