@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from luthier.core.errors import ConfigError
 
 COMMAND_LINE = "command line"
+DEEPEST = 32
+"""Lists and mappings may stand inside each other so often; no key wants more than a few."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         given = _read_file(Path(config).expanduser())
     for override in overrides:
         _override(given, override)
+    _not_too_deep(given)
     values = _interpolate(given)
     spelling = {key: text for key, text in given.spelling.items() if "${" not in text}
     source = given.source
@@ -109,24 +113,29 @@ def _no_file(path: Path) -> str:
 def _read_yaml(source: Source) -> Given:
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
+    places, spelling = {}, {}
     try:
-        config = OmegaConf.create(source.text)
-        node = yaml.compose(source.text, Loader=yaml.SafeLoader)
+        with _sound(source.name):
+            node = yaml.compose(source.text, Loader=yaml.SafeLoader)
+            if node is None:
+                return Given(source, {})
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigError(
+                    f"{source.name}: expected lines of the form `key: value` at the top, got {_kind(node)}."
+                )
+            for key, value in node.value:
+                places[str(key.value)] = f"{source.name}:{key.start_mark.line + 1}"
+                if isinstance(value, yaml.ScalarNode) and value.style is None:
+                    spelling[str(key.value)] = value.value
+            values = OmegaConf.to_container(OmegaConf.create(source.text), resolve=False)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_bad_yaml(source.name, error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source.name} is not valid YAML: {error}") from None
-    if node is None:
-        return Given(source, {})
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{source.name}: expected lines of the form `key: value` at the top, got {_kind(node)}.")
-    places, spelling = {}, {}
-    for key, value in node.value:
-        places[str(key.value)] = f"{source.name}:{key.start_mark.line + 1}"
-        if isinstance(value, yaml.ScalarNode) and value.style is None:
-            spelling[str(key.value)] = value.value
-    values = OmegaConf.to_container(config, resolve=False)
+    except OmegaConfBaseException as error:
+        raise _bad_value(error, places, source.name) from None
     return Given(source, {str(key): value for key, value in values.items()}, places, spelling)
 
 
@@ -154,7 +163,8 @@ def _read_json(source: Source) -> Given:
         return values
 
     try:
-        values = json.loads(source.text, object_pairs_hook=unique)
+        with _sound(source.name):
+            values = json.loads(source.text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{source.name}:{error.lineno}: this is not valid JSON: {error.msg}.") from None
     if not isinstance(values, dict):
@@ -197,8 +207,9 @@ def _scalar(text: str) -> Any:
     from omegaconf import OmegaConf
 
     try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
-    except (yaml.YAMLError, ValueError):
+        with _sound(COMMAND_LINE):
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
+    except (yaml.YAMLError, ConfigError):
         return text
     if text == "":
         return ""
@@ -215,9 +226,47 @@ def _interpolate(given: Given) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        values = OmegaConf.to_container(OmegaConf.create(given.values), resolve=True)
+        with _sound(given.source.name):
+            values = OmegaConf.to_container(OmegaConf.create(given.values), resolve=True)
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "").split(".")[0].split("[")[0]
-        place = given.places.get(key, given.source.name)
-        raise ConfigError(f"{place}: {key}: {str(error.msg).splitlines()[0]}.") from None
+        raise _bad_value(error, given.places, given.source.name) from None
     return {str(key): value for key, value in values.items()}
+
+
+def _bad_value(error: Any, places: Mapping[str, str], name: str) -> ConfigError:
+    """What OmegaConf cannot fill in or hold, with its place."""
+    key = str(error.full_key or "").split(".")[0].split("[")[0]
+    what = (str(error.msg or error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(f"{places.get(key, name)}: {f'{key}: ' if key else ''}{what}.")
+
+
+@contextmanager
+def _sound(name: str) -> Iterator[None]:
+    """Turn what parsers raise beside their own errors into words: bottomless nesting, dates that are none."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except RecursionError:
+        raise ConfigError(f"{name}: lists and mappings are nested too deep to be read.") from None
+    except (ConfigError, json.JSONDecodeError, OmegaConfBaseException):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: a value cannot be read: {str(error).splitlines()[0]}.") from None
+
+
+def _not_too_deep(given: Given) -> None:
+    for key, value in given.values.items():
+        level, depth = [value], 0
+        while level:
+            level = [inner for item in level for inner in _inside(item)]
+            depth += 1
+            if depth > DEEPEST:
+                place = given.places.get(key, given.source.name)
+                raise ConfigError(f"{place}: {key}: nested deeper than {DEEPEST} levels, which no key wants.")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
