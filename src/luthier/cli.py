@@ -148,6 +148,13 @@ VERBS: dict[str, Verb] = {
         "luthier export CONFIG [key=value ...]",
         "luthier export examples/sft_lora.yaml adapter_name_or_path=saves/first export_dir=saves/merged",
     ),
+    "expand": Verb(
+        "luthier.expand",
+        "add layers that do nothing yet, to be trained alone",
+        "luthier expand CONFIG --blocks N [key=value ...]",
+        "luthier expand examples/sft_lora.yaml --blocks 2 export_dir=models/deeper",
+        {"blocks": Flag("how many layers to add, one behind each of N equal runs of layers", "N", int, required=True)},
+    ),
     "fetch-model": Verb(
         "luthier.fetch",
         "download a small model for demonstrations",
