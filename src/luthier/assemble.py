@@ -114,6 +114,7 @@ def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **part
         shuffle=not run.train.disable_shuffling,
         accuracy=run.train.compute_accuracy,
         effective=run.train.include_effective_tokens_per_second,
+        max_bad_rows=run.data.max_bad_rows,
         processing_class=tokenizer,
         **parts,
     )

@@ -93,7 +93,7 @@ def check(run: Run) -> list[str]:
 
     args = training_arguments(run.training, run.train)
     _, prepared = prepare_data(run, run.data)
-    examples = prepared.train
+    examples = prepared.train if prepared.stream is None else prepared.stream.sample()
     wish = run.layout.packing
     packing = (run.objective.packs if wish is None else wish) or run.layout.neat_packing
     rows = bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len)
@@ -105,9 +105,10 @@ def check(run: Run) -> list[str]:
     micro = -(-len(rows) // (args.per_device_train_batch_size * args.world_size))
     steps = -(-micro // args.gradient_accumulation_steps)
     saved = choice.padded_tokens / max(_computed(choice), 1)
+    looked_at = "" if prepared.stream is None else " (of the first rows; the rest is read while training)"
     return [
         str(prepared.report),
-        f"{len(examples):,} examples in {len(rows):,} rows; {steps:,} optimiser steps per epoch",
+        f"{len(examples):,} examples in {len(rows):,} rows; {steps:,} optimiser steps per epoch{looked_at}",
         choice.reason(),
         f"{saved:.2f} times fewer tokens than padded rows",
         str(count_parameters(model)),

@@ -128,6 +128,13 @@ RULES: tuple[Rule, ...] = (
          "{image_max_pixels} is less than image_min_pixels ({image_min_pixels}). Raise one or lower the other.", ()),
     Rule(("video_max_pixels", "video_min_pixels"), lambda k: _below(k, "video_max_pixels", "video_min_pixels"),
          "{video_max_pixels} is less than video_min_pixels ({video_min_pixels}). Raise one or lower the other.", ()),
+    Rule(("streaming", "max_steps"),
+         lambda k: k["streaming"] and k["dataset"] and trains(k) and not (k["max_steps"] or -1) > 0,
+         "reads rows without end, so max_steps must say when training does. Set it, such as max_steps: 1000."),
+    Rule(("streaming", "precompute_reference"), lambda k: k["streaming"] and k["precompute_reference"],
+         "asks the reference about every row beforehand, and streaming encodes rows while training. Keep one."),
+    Rule(("streaming", "freeze_backbone"), lambda k: k["streaming"] and k.on("freeze_backbone"),
+         "reads hidden states of every row beforehand, and streaming encodes rows while training. Keep one."),
     # adapters
     Rule(("adapter_name_or_path", "finetuning_type"), lambda k: k["adapter_name_or_path"] and not k.adapters_load,
          "adapters are loaded with finetuning_type: lora, and this run is {finetuning_type}.", ()),

@@ -27,6 +27,7 @@ from luthier.data.mix import Pairs, mix, select, split
 from luthier.data.report import DataReport, Tally
 from luthier.data.source import BadRow, DataConfig, MissingColumn, Source
 from luthier.data.store import META, EncodedSet, Store
+from luthier.data.stream import Examples, Stream
 from luthier.data.tokenized import load_tokenized, save_tokenized, tokenized_exists
 
 __all__ = ["DataReport", "EncodedSet", "Prepared", "prepare"]
@@ -41,9 +42,11 @@ class Prepared:
     """The data of a run."""
 
     train: EncodedSet | None
-    eval: dict[str, EncodedSet]
+    eval: dict[str, EncodedSet | Examples]
     """By name; "" is the key of a single set."""
     report: DataReport
+    stream: Stream | None = None
+    """In place of `train`, where rows are encoded while training."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
 
     Raises ConfigError and DataError: what cannot be found, read or used, with file and row.
     """
+    if config.streaming:
+        return _streamed(config, objective, renderer, cutoff_len=cutoff_len, seed=seed)
     if config.buffer_size != DataConfig.buffer_size:
         log.warning("buffer_size has no effect: it belongs to streaming, which is off.")
     shared = shared_parts(objective, renderer, cutoff_len)
@@ -100,6 +105,46 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
     return Prepared(train_set, eval_sets, report)
 
 
+def _streamed(config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int) -> Prepared:
+    """Data that are read while training; what is evaluated is encoded now."""
+    if type(objective).complete is not Objective.complete:
+        raise ConfigError(f"streaming: stage {stage_of(objective)} needs the whole data set at once; leave it out.")
+    evaluated: dict[str, EncodedSet | Examples] = {}
+    sets: dict[str, Tally] = {}
+    if config.eval_dataset:
+        own = replace(config, dataset=None, streaming=False, mix_strategy="concat", interleave_probs=None)
+        prepared = prepare(own, objective, renderer, cutoff_len=cutoff_len, seed=seed)
+        evaluated, sets = prepared.eval, dict(prepared.report.sets)
+    named = sources(config.dataset, config.dataset_dir, key="dataset")
+    jobs = tuple(_open(source, objective, renderer, cutoff_len, reach=config.buffer_size) for source in named)
+    for job in jobs:
+        if job.groups is not None or job.source.num_samples is not None:
+            what = "num_samples" if job.groups is None else f"rows that share a {job.groups.join.key}"
+            raise ConfigError(f"{job.source.place}: {what} cannot be streamed; leave streaming out.")
+        _probe(job, np.arange(min(PROBED, sum(map(len, job.files)))))
+    weights = [source.weight for source in named]
+    pairs = None
+    if len(jobs) > 1 or weights[0] is not None:
+        lengths = [sum(map(len, job.files)) for job in jobs]
+        pairs = mix(lengths, config.mix_strategy, probabilities=config.probabilities(), weights=weights, seed=seed)
+    stream = Stream(
+        jobs,
+        pairs,
+        skip=int(config.val_size),
+        seed=seed,
+        shuffle=True,
+        block=config.buffer_size,
+        rows=config.preprocessing_batch_size,
+        capacity=None,
+    )
+    if stream.epoch <= 0:
+        raise DataError(f"val_size: {config.val_size:g} would hold out every row. Give a smaller number.")
+    if stream.skip:
+        evaluated[""] = stream.held_out()
+    report = DataReport(sets, eval={name: len(part) for name, part in evaluated.items()}, streamed=stream.epoch)
+    return Prepared(None, evaluated, report, stream)
+
+
 def _refuse_if_all_cut(total: Tally, cutoff_len: int, train: EncodedSet | None) -> None:
     """A cutoff that no row fits into is a mistake, and nothing a model should learn from."""
     if total.rows and total.truncated_rows == total.rows and len(train or ()) > 1:
@@ -128,9 +173,9 @@ def _sources(config: DataConfig) -> list[tuple[str, Source]]:
     return found
 
 
-def _open(source: Source, objective: Objective, renderer: Printed, cutoff_len: int) -> Job:
+def _open(source: Source, objective: Objective, renderer: Printed, cutoff_len: int, *, reach: int | None = None) -> Job:
     """Open the files of a data set and settle its format by its first row."""
-    files = tuple(open_source(source))
+    files = tuple(open_source(source, reach=reach))
     first = next(file for file in files if len(file)).take([0])[0]
     source = guess(first, source, files[0].path)
     assert source.format is not None
@@ -211,11 +256,11 @@ def _encode(ready: _Ready, config: DataConfig) -> Store:
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     store = Store(cached(config, key, build), [str(file.path) for file in job.files])
-    _judge(job, Tally.from_dict(store.meta["tally"]), config.max_bad_rows)
+    judge(job, Tally.from_dict(store.meta["tally"]), config.max_bad_rows)
     return store
 
 
-def _judge(job: Job, tally: Tally, max_bad_rows: float) -> None:
+def judge(job: Job, tally: Tally, max_bad_rows: float) -> None:
     """Refuse a data set of which too little can be used."""
     name = f"data set {job.source.name!r}"
     absent = [column for meaning in sorted(job.columns.given)

@@ -126,6 +126,17 @@ def trains_tokens(objective: Objective) -> bool:
 
 def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     """One batch of rows, encoded, and what was counted."""
+    items, tally = encode_items(job, chunk)
+    batch = table(items, job.objective.columns)
+    tally.items = len(items)
+    tally.tokens, tally.path_tokens, tally.supervised = (
+        int(batch.column(name).to_numpy().sum()) for name in ("tree_tokens", "path_tokens", "supervised")
+    )
+    return batch, tally
+
+
+def encode_items(job: Job, chunk: Chunk) -> tuple[list[tuple[Origin, Encoded]], Tally]:
+    """The examples made of these rows, and what was counted of the rows."""
     ordinals, leaders = chunk
     tally, read = Tally(rows=len(ordinals)), []
     columns: dict[str, None] = {}
@@ -154,12 +165,7 @@ def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
         tally.truncated_tokens += cut
     if leaders is not None:
         items, tally.idle_rows = _gather(job, items, dict(zip(ordinals.tolist(), leaders.tolist())))
-    batch = table(items, job.objective.columns)
-    tally.items = len(items)
-    tally.tokens, tally.path_tokens, tally.supervised = (
-        int(batch.column(name).to_numpy().sum()) for name in ("tree_tokens", "path_tokens", "supervised")
-    )
-    return batch, tally
+    return items, tally
 
 
 def _gather(

@@ -88,6 +88,8 @@ class DataReport:
     """Training examples after mixing and splitting."""
     eval: Mapping[str, int] = field(default_factory=dict)
     """Evaluation examples by name; "" where there is one set."""
+    streamed: int = 0
+    """Rows of an epoch that are encoded while training."""
 
     @property
     def total(self) -> Tally:
@@ -126,7 +128,10 @@ class DataReport:
             if tally.idle_rows
         ]
         held = ", ".join(f"{count:,}{f' in {name}' if name else ''}" for name, count in self.eval.items())
-        ends = f"Training on {self.train:,} examples" + (f", evaluating on {held}." if held else ".")
+        trained = (
+            f"Streaming {self.streamed:,} rows an epoch" if self.streamed else f"Training on {self.train:,} examples"
+        )
+        ends = trained + (f", evaluating on {held}." if held else ".")
         return Group(table, *lines, Text(ends))
 
     def print(self, console: Console | None = None) -> None:

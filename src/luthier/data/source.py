@@ -39,7 +39,7 @@ class DataConfig:
     interleave_probs: str | list[float] | None = None
     """How often each set is drawn when interleaving: numbers that add up to 1, as a list or separated by commas."""
     streaming: bool = False
-    """Read data while training. Not supported yet."""
+    """Read and encode rows while training, instead of before; max_steps then says when to end."""
     buffer_size: int = 16384
     """Rows to shuffle among when streaming; has no effect otherwise."""
     overwrite_cache: bool = False
@@ -60,7 +60,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for broken, complaint in (
-            (self.streaming, "streaming: true is not supported yet; leave it out (encoded data are memory-mapped)"),
+            (
+                self.streaming and self.max_samples,
+                "max_samples has no meaning with streaming: true; max_steps says when to end",
+            ),
+            (
+                self.streaming and 0 < self.val_size < 1,
+                f"val_size: {self.val_size} is a share, and streaming: true wants a number of rows, such as 100",
+            ),
+            (
+                self.streaming and self.tokenized_path,
+                "tokenized_path keeps data that are encoded before training; streaming: true encodes them meanwhile",
+            ),
+            (self.buffer_size < 1, f"buffer_size: {self.buffer_size} must be 1 or more"),
             (self.media_dir, f"media_dir: {self.media_dir!r}: images, videos and audio are not supported yet"),
             (self.mix_strategy not in MIXES, f"mix_strategy: {self.mix_strategy!r} is none of {', '.join(MIXES)}"),
             (
@@ -106,7 +118,7 @@ class DataConfig:
             raise ConfigError(
                 f"interleave_probs: {given!r} must be numbers separated by commas, such as 0.7,0.3."
             ) from None
-        if min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6:
+        if not numbers or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6:
             raise ConfigError(f"interleave_probs: {given} must be 0 or more and add up to 1, not {sum(numbers):g}.")
         return numbers
 

@@ -63,7 +63,7 @@ def table(items: Sequence[tuple[Origin, Encoded]], columns: Sequence[Column]) ->
     for column in columns:
         kind = pa.from_numpy_dtype(np.dtype(column.dtype))
         fields[f"column:{column.name}"] = rest(lambda path, name=column.name: path.column(name), kind)
-    counts = np.array([(o.row, o.file, o.number, *_measure(e)) for o, e in items], np.int64).reshape(-1, len(NUMBERS))
+    counts = np.array([(o.row, o.file, o.number, *measure(e)) for o, e in items], np.int64).reshape(-1, len(NUMBERS))
     fields |= {name: pa.array(counts[:, nth]) for nth, name in enumerate(NUMBERS)}
     return pa.RecordBatch.from_pydict(fields)
 
@@ -245,7 +245,8 @@ def _lists(column: pyarrow.ListArray, at: int, kept: Sequence[int]) -> list[list
     return found
 
 
-def _measure(encoded: Encoded) -> tuple[int, int, int, int, int]:
+def measure(encoded: Encoded) -> tuple[int, int, int, int, int]:
+    """Answers; tokens of the tree, of all paths, of the longest; supervised: as `NUMBERS` has them."""
     lengths = [len(path.ids) for path in encoded.paths]
     shared = len(grow_paths(encoded.paths)[0]) if len(lengths) > 1 else sum(lengths)
     return len(lengths), shared, sum(lengths), max(lengths, default=0), sum(supervised(path) for path in encoded.paths)

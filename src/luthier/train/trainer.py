@@ -10,25 +10,35 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from luthier.core.batch import Batch
-from luthier.core.errors import TrainingError
+from luthier.data.stream import Stream
 from luthier.model.policy import ModelPolicy
-from luthier.train import checkpoint
 from luthier.train.by_hand import survey
-from luthier.train.resuming import Resuming
+from luthier.train.guarding import Guarding
 from luthier.train.sampler import Bundles, EpochLoader, RankSampler
+from luthier.train.streaming import StreamLoader
 
 
-class Trainer(Resuming):
-    """Trains whatever `objective` asks for; `Saving` and `Resuming` are its other parts.
+class Trainer(Guarding):
+    """Trains whatever `objective` asks for; `Saving`, `Resuming` and `Guarding` are its other parts.
 
     shuffle: new order each epoch. accuracy: measure token accuracy too. effective: log supervised tokens per second.
-    Datasets are `Bundles`; the collator gives {"batch": Batch}.
+    max_bad_rows: share of streamed rows that may be of no use.
+    Datasets are `Bundles`; the collator gives {"batch": Batch, "rows": Rows}.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, shuffle: bool = True, accuracy: bool = False, effective: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        shuffle: bool = True,
+        accuracy: bool = False,
+        effective: bool = False,
+        max_bad_rows: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
+        self.max_bad_rows = max_bad_rows
         self.shuffle, self.accuracy, self.meter.effective = shuffle, accuracy, effective
         self.setup.autocast = self.accelerator.autocast
         self.setup.label_smoothing = self.args.label_smoothing_factor
@@ -36,8 +46,10 @@ class Trainer(Resuming):
 
     # Data: every rank asks for its own micro-batches, so accelerate must not shard them again.
 
-    def get_train_dataloader(self) -> EpochLoader:
+    def get_train_dataloader(self) -> EpochLoader | StreamLoader:
         """This rank's micro-batches."""
+        if isinstance(self.train_dataset, Stream):
+            return self._stream_loader(self.train_dataset)
         return self._loader(self.train_dataset, self._train_batch_size, shuffle=self.shuffle)
 
     def get_eval_dataloader(self, eval_dataset: str | Bundles | None = None) -> EpochLoader:
@@ -45,6 +57,25 @@ class Trainer(Resuming):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
         return self._loader(dataset, self.args.eval_batch_size, shuffle=False)
+
+    def _stream_loader(self, stream: Stream) -> StreamLoader:
+        args = self.args
+        loader = self._streaming = StreamLoader(
+            stream,
+            self.data_collator,
+            batch_size=self._train_batch_size,
+            workers=args.dataloader_num_workers,
+            ahead=args.dataloader_prefetch_factor,
+            rank=args.process_index,
+            world=args.world_size,
+            max_bad_rows=self.max_bad_rows,
+        )
+        state = self._stored()
+        if state is not None:
+            loader.go_on(state.stream, state.world)
+        # The loader begins where the checkpoint says; nothing has to be read again to get there.
+        args.ignore_data_skip = True
+        return loader
 
     def _loader(self, dataset: Bundles, batch_size: int, *, shuffle: bool) -> EpochLoader:
         args = self.args
@@ -76,6 +107,7 @@ class Trainer(Resuming):
         totals = self._over_ranks(counts) | self._survey(batches)
         computed = int(totals.pop("computed"))
         self.meter.begin(computed, totals["token"])
+        self.begin_step(batch_samples)
         self.state.num_input_tokens_seen += computed
         return totals
 
@@ -99,29 +131,13 @@ class Trainer(Resuming):
         """This micro-batch's share of the step's loss; times the number of ranks, whose gradients are averaged."""
         progress = self.state.global_step / max(self.state.max_steps, 1)
         batch = inputs["batch"].to(self.args.device).with_totals(num_items_in_batch, progress)
-        loss, logs = self._ask(model, batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(self._non_finite(f"The loss is {loss.item()}", batch.names))
+        loss, logs = self.ask(model, batch)
+        self.saw(loss, num_items_in_batch, progress)
         self.meter.add(logs)
         return loss * self.args.world_size
 
-    def _non_finite(self, what: str, rows: Sequence[str]) -> str:
-        kept = checkpoint.complete(self.args.output_dir)
-        intact = f"The last complete checkpoint is {kept[-1]}." if kept else "No checkpoint was written yet."
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        return (
-            f"{what} at step {self.state.global_step + 1}; the rows in the batch were {shown or 'none'}. {intact} "
-            "Look at the rows with `luthier preview`, lower learning_rate, or train in float32 or bf16."
-        )
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # fp16 scaling makes infinite gradients on purpose and skips those steps itself.
-        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise TrainingError(self._non_finite(f"The gradient norm is {float(norm)}", ()))
-        return norm
-
-    def _ask(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def ask(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch and what it measures."""
         policy = self.setup.bind(model)
         loss, logs = self.objective.loss(policy, batch)
         router = policy.router_loss(batch) if isinstance(policy, ModelPolicy) else None
@@ -165,7 +181,7 @@ class Trainer(Resuming):
         sums: dict[str, float] = {"loss": 0.0}
         for inputs in dataloader:
             batch = inputs["batch"].to(self.args.device).with_totals(totals)
-            loss, logs = self._ask(model, batch)
+            loss, logs = self.ask(model, batch)
             for name, value in {"loss": loss, **logs}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
