@@ -21,6 +21,7 @@ from luthier.core.registry import find
 from luthier.core.types import Example, Message
 from luthier.engines.hf import Engine
 from tests.conftest import CORPUS, save_lively_model
+from tests.scorers.chains import chain_model
 
 ASKED = [
     "one two one two one two",
@@ -142,7 +143,8 @@ def test_the_files_are_read_by_the_stage_that_trains_on_them(folder, source, tmp
             assert [m["index"] for m in example.extra["mismatches"]] == row["mismatch_index"]
 
 
-def test_rerun_keeps_the_token_and_goes_on(folder, source, tmp_path):
+def test_rerun_keeps_the_token_and_goes_on(folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"prompt": text} for text in ASKED[:3]])
     # On random text: right is an answer with the same last letter.
     assert run(folder, source, tmp_path / "out", "collect_scorer=rerun", "answer_pattern=([a-z])") == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -165,6 +167,26 @@ def test_rerun_keeps_the_token_and_goes_on(folder, source, tmp_path):
             assert score == 10 * right
             scores.append(score)
     assert {0, 10} == set(scores)
+
+
+def test_an_answer_that_ends_and_a_character_of_two_tokens(tokenizer, tmp_path):
+    first, second = tokenizer.encode("\u00e9", add_special_tokens=False)
+    model = chain_model(tokenizer, {"\n": "a", "a": first, first: second, second: "b", "b": "<|im_end|>"})
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = write(tmp_path / "in.jsonl", [{"prompt": "ab"}])
+    # Both layers add nothing, so the first drafts what both say; a cut every token.
+    assert run(tmp_path / "model", source, tmp_path / "out", "draft_layers=1", "collect_stride=1") == 0
+    (context,) = lines(tmp_path / "out" / "context.jsonl")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = [*tokenizer.encode("a\u00e9b", add_special_tokens=False), stop]
+    assert (context["answer_ids"], context["finished"], context["assistant_text"]) == (answer, True, "a\u00e9b")
+    opening = len("USER: ab\nASSISTANT:")
+    rounds = lines(tmp_path / "out" / "train.jsonl")
+    assert [one["context_len"] - opening for one in rounds] == [0, 1, 1, 2, 3]
+    assert [one["spd_round_draft_ids"] for one in rounds] == [answer[i : i + 3] for i in range(5)]
+    assert all(one["spd_round_verifier_ids"][:-1] == one["spd_round_draft_ids"] for one in rounds)
+    assert all(one["mismatch_index"] == [] for one in rounds)
 
 
 @pytest.mark.parametrize("cuts", [(0, 0), (0, 3), (5, 1), (4, 2), (-1, 5), (-1, -1)])
@@ -205,7 +227,7 @@ def test_kill_9_in_the_middle(folder, source, tmp_path):
         [sys.executable, "-m", "luthier", *command, *keys], stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     context = tmp_path / "killed" / "context.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (context.exists() and context.stat().st_size) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)

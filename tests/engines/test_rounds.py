@@ -50,6 +50,7 @@ class Scripted:
 
     def propose(self, ids, count):
         at = len(ids) - len(PROMPT)
+        assert count > 0
         assert list(ids) == [*PROMPT, *self.answer[:at]]
         self.asked.append(at)
         if at in self.empty:
