@@ -12,6 +12,7 @@ whose generation prompt is not how its own response begins is refused with the f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,15 @@ from luthier.data.vocabulary import document_head, settle, token_id
 
 log = get_logger("data.chat_template")
 
+_PROBED = Call("ping", {"text": "pong", "count": 1})
+"""What is asked of a template to see how it writes calls."""
+
 Conversation = tuple[tuple[Message, ...], str, str]
 """Messages, system prompt, tools."""
 Branch = list[tuple[str, str]]
 """(source, response) texts."""
+Given = tuple[str, str]
+"""System prompt, tools."""
 Ids = list[int]
 
 
@@ -53,9 +59,11 @@ class ChatTemplateRenderer:
         self._text = ChatText(config, tokenizer)
         self._pieces = Pieces(tokenizer)
         end = self._end_of_turn()
+        self._end_text = end
         self.efficient_eos = end is None
         settle(tokenizer, eos=end if tokenizer.eos_token is None else None, special=(end,) if end is not None else ())
         self._end = tokenizer.eos_token_id if end is None else token_id(tokenizer, end)
+        self._call_end = self._end_of_call()
         self._head = document_head(tokenizer)
         self._known: dict[Conversation, list[Branch]] = {}
         self._coming: dict[Conversation, list[Branch]] = {}
@@ -102,7 +110,8 @@ class ChatTemplateRenderer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """See Renderer."""
-        return tuple(dict.fromkeys((self.tokenizer.eos_token_id, self._end)))
+        ends = (self.tokenizer.eos_token_id, self._end, self._call_end)
+        return tuple(dict.fromkeys(end for end in ends if end is not None))
 
     def fingerprint(self) -> str:
         """Everything beside the tokenizer's files that decides ids."""
@@ -140,7 +149,7 @@ class ChatTemplateRenderer:
         spoken = responses(messages)
         for place in [*spoken, *([] if spoken and spoken[-1] == len(messages) - 1 else [len(messages)])]:
             asked = self._text.asked(messages[:place], system, tools)
-            end = self._goes_on(path, asked) if branches else None
+            end = self._goes_on(path, open_end[0], asked) if branches else None
             self._text.check_prompt(messages[:place], system, tools if end is None else "", asked)
             if end is None:
                 branches.append([])
@@ -157,36 +166,49 @@ class ChatTemplateRenderer:
             path, spans = self._text.whole(messages[: place + 1], system, tools)
             self._check_own(asked, path, place)
             self._text.check_response(messages[place], path[len(asked) :])
-            open_end = start, stop = self._narrow(spans, len(asked), len(path), place)
+            open_end = start, stop = self._narrow(spans, messages[:place], (system, tools), asked, len(path))
             branches[-1].append((path[done:start], path[start:stop]))
         return branches
 
-    def _goes_on(self, path: str, asked: str) -> int | None:
-        """Where the turn that `path` ends with ends in the next prompt, None if that shows it otherwise. Some templates
-        close a conversation with one more eos, which is not there when the conversation goes on."""
+    def _goes_on(self, path: str, start: int, asked: str) -> int | None:
+        """Where the turn that `path` ends with, spoken from `start` on, ends in the next prompt; None if that shows it
+        otherwise. Some templates close a conversation with one more eos, which is not there when it goes on."""
         if asked.startswith(path):
             return len(path)
         shorter = path.removesuffix(self.tokenizer.eos_token or "")
-        return len(shorter) if asked.startswith(shorter) and shorter != path else None
+        ended = self._end_text and self._end_text in shorter[start:]
+        return len(shorter) if ended and asked.startswith(shorter) else None
 
-    def _narrow(self, spans: Spans, start: int, stop: int, turn: int) -> tuple[int, int]:
-        """The trained part of a response: all of it, or what the template's generation block says."""
+    def _narrow(
+        self, spans: Spans, messages: Sequence[Message], given: Given, asked: str, stop: int
+    ) -> tuple[int, int]:
+        """The trained part of a response: all of it, or what the template's generation blocks say."""
+        start = len(asked)
         if not self._text.tracks:
             return start, stop
         inside = [span for span in spans if span[1] > start]
-        if len(inside) != 1 or inside[0][0] < start:
+        joined = all(left[1] == right[0] for left, right in zip(inside, inside[1:]))
+        if not inside or not joined or inside[0][0] < self._opening(inside, messages, given, asked):
             raise TemplateError(
-                f"the tokenizer's chat template marks {spans} as generated for message {turn + 1}, expected one span "
-                f"after character {start}, where the prompt ends. Mend its {{% generation %}} block or set `template`."
+                f"the tokenizer's chat template marks {spans} as generated for message {len(messages) + 1}, expected "
+                f"one span after character {start}, where the prompt ends. Mend its {{% generation %}} block or set "
+                f"`template`."
             )
-        return inside[0][0], min(inside[0][1], stop)
+        return max(inside[0][0], start), min(inside[-1][1], stop)
+
+    def _opening(self, inside: Spans, messages: Sequence[Message], given: Given, asked: str) -> int:
+        """Where what opens a response begins, which a block may hold too: the end of the turns before it."""
+        if inside[0][0] >= len(asked):
+            return len(asked)
+        past, _ = self._text.whole(messages, *given)
+        return next((nth for nth, (a, b) in enumerate(zip(past, asked)) if a != b), min(len(past), len(asked)))
 
     def _check_own(self, asked: str, whole: str, turn: int) -> None:
         if not whole.startswith(asked):
             raise Rewritten(
                 f"the tokenizer's chat template cannot be trained on: at message {turn + 1} what the model is given is "
                 f"not how the conversation with its response begins. {_difference(asked, whole)} Set `template` to "
-                f"one of Luthier's."
+                f"one of Luthier's{self._text.hint}."
             )
 
     def _rewritten(self, messages: Sequence[Message], system: str, tools: str, kept: int) -> str:
@@ -216,20 +238,30 @@ class ChatTemplateRenderer:
             )
         return end
 
-    def _dialect(self) -> str:
-        """The tool format that reads the template's own calls; default if none does."""
-        call = Call("ping", {"text": "pong", "count": 1})
+    def _probe(self) -> str:
+        """How the template writes a call of a tool; empty if it cannot."""
         talk = (
             Message("user", "ping"),
-            Message("function", '{"name": "ping", "arguments": {"text": "pong", "count": 1}}'),
+            Message("function", json.dumps({"name": _PROBED.name, "arguments": _PROBED.arguments})),
         )
         try:
             whole, _ = self._text.whole(talk, "", "")
-            said = whole[len(self._text.asked(talk[:1], "", "")) :]
+            return whole[len(self._text.asked(talk[:1], "", "")) :]
         except TemplateError:
-            return "default"
-        said = said.removesuffix("\n").removesuffix(self.tokenizer.convert_ids_to_tokens(self._end) or "")
-        return next((name for name in names("tool_formats") if tool_format(name).parse(said)[1] == [call]), "default")
+            return ""
+
+    def _end_of_call(self) -> int | None:
+        """The special token that ends a call of a tool, which may be another than that of a text."""
+        ids = self._pieces(self._probe().rstrip())
+        special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        return ids[-1] if ids and self.tokenizer.convert_ids_to_tokens(ids[-1]) in special else None
+
+    def _dialect(self) -> str:
+        """The tool format that reads the template's own calls; default if none does."""
+        said = self._probe().rstrip().removesuffix(self._end_text or "")
+        return next(
+            (name for name in names("tool_formats") if tool_format(name).parse(said)[1] == [_PROBED]), "default"
+        )
 
 
 def _difference(short: str, long: str) -> str:

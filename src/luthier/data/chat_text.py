@@ -43,6 +43,12 @@ class ChatText:
         self._asks_for_thoughts = any(re.search(rf"\b{word}\b", self.source) for word in _WORDS_FOR_THOUGHT)
         self._thinking = config.enable_thinking is not False
 
+    @property
+    def hint(self) -> str:
+        """What else may help where a template opens a thought that the data do not have."""
+        knows = "enable_thinking" in self.source and self._thinking
+        return ", or enable_thinking: false if the responses have no thoughts" if knows else ""
+
     def fingerprint(self) -> str:
         """Everything that decides the text."""
         return repr((self.source, self._default_system, sorted(self._variables.items())))
