@@ -174,13 +174,13 @@ def test_a_merge_that_says_something_else_is_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_does_not_hold_what_was_merged_is_refused(tmp_path, monkeypatch):
     base, adapter, _ = make(tmp_path)
-    real = module._save
+    real = module.save_whole
 
     def wrong(model, tokenizer, folder, config):
         real(model, tokenizer, folder, config)
         shutil.copy(tmp_path / "base" / "model.safetensors", folder)
 
-    monkeypatch.setattr(module, "_save", wrong)
+    monkeypatch.setattr(module, "save_whole", wrong)
     with pytest.raises(ModelError, match="are not those of the merged model"):
         export(base, adapter, to(tmp_path))
     assert left_behind(tmp_path) == []
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         (folder / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_save", full)
+    monkeypatch.setattr(module, "save_whole", full)
     with pytest.raises(ModelError, match="cannot be written.*No space left"):
         export(base, adapter, to(tmp_path))
     assert left_behind(tmp_path) == []

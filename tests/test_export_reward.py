@@ -228,7 +228,7 @@ def test_a_16_bit_classifier_stays_one(tmp_path):
 @pytest.mark.parametrize("form", ["head", "sequence_classification"])
 def test_other_scores_are_refused_and_nothing_is_left(tmp_path, monkeypatch, capsys, form):
     make(tmp_path)
-    real = plain_export._save
+    real = plain_export.save_whole
 
     def wrong(model, tokenizer, folder, config):
         real(model, tokenizer, folder, config)
@@ -239,7 +239,7 @@ def test_other_scores_are_refused_and_nothing_is_left(tmp_path, monkeypatch, cap
     def other_head(self, folder):
         save_head(folder, "value", seed=77)
 
-    monkeypatch.setattr(plain_export, "_save", wrong)
+    monkeypatch.setattr(plain_export, "save_whole", wrong)
     monkeypatch.setattr(module.WithHead, "write", other_head)
     assert export(tmp_path, export_reward_as=form) == 2
     assert "does not score as the head does" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
 from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch
+from luthier.model.quantise import QuantConfig, loading
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -108,26 +109,36 @@ def main(argv: Sequence[str]) -> int:
     run = resolve(command.config, command.overrides, verb="export")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
-    log.info("%s", export(run.model, run.adapter, run.export, reward_form(run)))
+    length = run.layout.cutoff_len
+    log.info("%s", export(run.model, run.adapter, run.export, reward_form(run), length=length))
     return 0
 
 
 def export(
-    model_config: ModelConfig, adapter_config: AdapterConfig, config: ExportConfig, form: Form | None = None
+    model_config: ModelConfig,
+    adapter_config: AdapterConfig,
+    config: ExportConfig,
+    form: Form | None = None,
+    *,
+    length: int | None = None,
 ) -> Exported:
-    """Merge, save, load again, compare; raises ModelError and leaves nothing behind if the models differ."""
+    """Merge, save, load again, compare; raises ModelError and leaves nothing behind if the models differ.
+
+    length: the longest row that the adapter was trained on, for `rope_scaling`.
+    """
     import torch
 
-    target = _target(config)
+    target = target_folder(config)
     refuse_scratch(model_config)
+    _refuse_quantised(model_config)
     folders = adapter_folders(adapter_config, model_config)
     dtype = _dtype(model_config)
     device = _device(config)
     tokenizer = load_tokenizer(model_config)
     exact = replace(model_config, torch_dtype="auto")  # merging in 16 bits would round the small changes away
-    model = load_model(exact, tokenizer=tokenizer, dtype=torch.float32, device=device)
-    probes = _probes(len(tokenizer))
-    before = logits = _logits(model, probes)
+    model = load_model(exact, tokenizer=tokenizer, dtype=torch.float32, device=device, length=length)
+    probes = probe_tokens(len(tokenizer))
+    before = logits = logits_of(model, probes)
     base, changed = digests(model, dtype), 0
     for folder in folders:
         model, logits = _merge(model, folder, probes)
@@ -139,8 +150,8 @@ def export(
     model = model if form is None else form.take(model, tokenizer)
     model.to(dtype)
     also, difference = "", 0.0
-    with _aside(target) as folder:
-        _save(model, tokenizer, folder, config)
+    with aside(target) as folder:
+        save_whole(model, tokenizer, folder, config)
         saved = digests(model, dtype)
         del model
         moved, _ = _compare(logits, before)
@@ -155,7 +166,19 @@ def export(
     return Exported(target, str(dtype).removeprefix("torch."), changed, difference, moved, also)
 
 
-def _target(config: ExportConfig) -> Path:
+def _refuse_quantised(config: ModelConfig) -> None:
+    """Raise ModelError for a model that is stored in few bits and is not unpacked while it is loaded."""
+    _, method = loading(QuantConfig(), read_settings(config), None, sharded=False)
+    if method is not None:
+        raise ModelError(
+            f"model_name_or_path: {config.model_name_or_path} is stored quantised ({method}), and an adapter merged "
+            "into quantised weights would be rounded away. Name the full model that it was made from: the adapter fits "
+            "it, and what it says will differ only by what quantising had cost."
+        )
+
+
+def target_folder(config: ExportConfig) -> Path:
+    """`export_dir`, checked to be new or empty. Raises ConfigError."""
     if not config.export_dir:
         raise ConfigError("export_dir is missing: the folder to write the merged model to.")
     target = Path(config.export_dir).expanduser().absolute()
@@ -182,13 +205,14 @@ def _device(config: ExportConfig) -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _probes(vocabulary: int) -> torch.Tensor:
+def probe_tokens(vocabulary: int) -> torch.Tensor:
+    """int64 [4, 24]: token sequences on which models are compared."""
     import torch
 
     return torch.randint(vocabulary, PROBES, generator=torch.Generator().manual_seed(0))
 
 
-def _logits(model: nn.Module, probes: torch.Tensor) -> torch.Tensor:
+def logits_of(model: nn.Module, probes: torch.Tensor) -> torch.Tensor:
     """float32 [4, 24, vocabulary], on the CPU."""
     import torch
 
@@ -211,9 +235,9 @@ def digests(model: nn.Module, dtype: torch.dtype) -> dict[str, bytes]:
 def _merge(model: PreTrainedModel, folder: Path, probes: torch.Tensor) -> tuple[PreTrainedModel, torch.Tensor]:
     """The merged model and the logits of the model with the adapter attached, found equal."""
     adapted = attach(model, folder).eval()
-    wanted = _logits(adapted, probes)
+    wanted = logits_of(adapted, probes)
     merged = merge(adapted)
-    difference, largest = _compare(_logits(merged, probes), wanted)
+    difference, largest = _compare(logits_of(merged, probes), wanted)
     if not difference <= EXACT * max(1.0, largest):
         raise ModelError(
             f"Merging {folder} changes what the model says: logits up to {largest:.3g} differ by {difference:.2g} "
@@ -236,7 +260,7 @@ def _unchanged(folder: Path, dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
+def aside(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name when all went well and is gone when not."""
     from safetensors import SafetensorError
 
@@ -253,7 +277,8 @@ def _aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _save(model: PreTrainedModel, tokenizer: Any, folder: Path, config: ExportConfig) -> None:
+def save_whole(model: PreTrainedModel, tokenizer: Any, folder: Path, config: ExportConfig) -> None:
+    """A model and its tokenizer as a folder that any program can load."""
     model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
     tokenizer.save_pretrained(folder)
     # safetensors files are born readable by their owner alone; give them the rights the other files have.
@@ -279,7 +304,7 @@ def _check(
     found = digests(model, dtype)
     if wrong := [name for name in {**saved, **found} if saved.get(name) != found.get(name)]:
         raise ModelError(f"The saved weights {', '.join(wrong[:5])} are not those of the merged model.")
-    difference, largest = _compare(_logits(model.float(), probes), wanted)
+    difference, largest = _compare(logits_of(model.float(), probes), wanted)
     allowed = (EXACT if dtype == torch.float32 else ROUNDED * torch.finfo(dtype).eps) * max(1.0, largest)
     if not difference <= allowed:
         raise ModelError(
