@@ -92,6 +92,8 @@ class Objective(ABC):
 
     Config: ClassVar[type] = NoKeys
     """Dataclass of the YAML keys this stage owns."""
+    encoding_keys: ClassVar[tuple[str, ...] | None] = None
+    """Those of its keys that `encode` and `gather` read; None: any may be. Others change no cached data."""
     answers: ClassVar[tuple[int, int | None]] = (1, 1)
     """Fewest and most answers an example may bring."""
     head: ClassVar[str | None] = None

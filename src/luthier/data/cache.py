@@ -57,11 +57,17 @@ def shared_parts(objective: Objective, renderer: Printed, cutoff_len: int) -> di
         "the template": sha(renderer.fingerprint()),
         "the tokenizer": sha(_tokenizer(renderer.tokenizer)),
         "the stage": type(objective).__qualname__,
-        "keys of the stage": json.dumps(dataclasses.asdict(objective.config), sort_keys=True, default=repr),
+        "keys of the stage": json.dumps(_encoding_keys(objective), sort_keys=True, default=repr),
         "code of the stage": sha(file.read_text(encoding="utf-8") + repr((objective.answers, declared))),
         "code of the encoder": _code(),
         "version of the tokenizers library": version("tokenizers"),
     }
+
+
+def _encoding_keys(objective: Objective) -> dict[str, Any]:
+    """The keys of a stage that decide its tokens, with their values."""
+    keys = dataclasses.asdict(objective.config)
+    return keys if objective.encoding_keys is None else {name: keys[name] for name in objective.encoding_keys}
 
 
 def source_parts(source: Source, files: Sequence[File], format_file: str) -> dict[str, str]:

@@ -69,6 +69,7 @@ class AcceptHead(Objective):
     """Judges scored mismatches; every draft token of a round could be judged."""
 
     Config = AcceptHeadConfig
+    encoding_keys = ("accept_layout", "accept_tree_tokens", "accept_rounds_per_tree")
     answers = (0, 0)
     renders = False
     head = "accept"

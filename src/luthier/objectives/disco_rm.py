@@ -125,6 +125,7 @@ class DiscoRm(Objective):
     """A reward's mean and variance, read at each answer's last token."""
 
     Config = DiscoRmConfig
+    encoding_keys = ()
     answers = (2, None)
     head = "normal"
     report = "preference"

@@ -164,6 +164,7 @@ class Dpo(Objective):
     """Trains on pairs, or on the pairs of a ranking. Metrics have the names TRL gives them."""
 
     Config = DpoConfig
+    encoding_keys = ()
     answers = (2, None)
 
     @property

@@ -52,6 +52,7 @@ class Kto(Objective):
     """Trains on single answers with a thumb up (score above 0) or down. Metrics have the names TRL gives them."""
 
     Config = KtoConfig
+    encoding_keys = ()
     answers = (1, 1)
     frozen = ("reference",)
     surveys = True

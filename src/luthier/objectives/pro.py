@@ -59,6 +59,7 @@ class Pro(Objective):
     """Ranks K answers: each of them against all that are worse."""
 
     Config = ProConfig
+    encoding_keys = ()
     answers = (2, None)
     surveys = True
 

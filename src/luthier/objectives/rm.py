@@ -38,6 +38,7 @@ class Rm(Objective):
     """A scalar reward read at each answer's last token."""
 
     Config = RmConfig
+    encoding_keys = ()
     answers = (2, None)
     head = "value"
     report = "preference"

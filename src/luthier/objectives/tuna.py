@@ -44,6 +44,7 @@ class Tuna(Objective):
     """Imitates answers and orders them by rank."""
 
     Config = TunaConfig
+    encoding_keys = ()
     answers = (2, None)
     surveys = True
 
