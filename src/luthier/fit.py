@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier import predictions
+from luthier import check, predictions
 from luthier.assemble import (
     bundles,
     choose_optimiser,
@@ -105,6 +105,9 @@ def fit(run: Run) -> Result:
         sidecars=[_config_writer(run), *sidecars(model, run.adapter, run.model)],
         optimizer_cls_and_kwargs=optimiser,
         async_save=run.resume.async_save,
+        skip_bad_steps=run.resume.skip_bad_steps,
+        find_batch=bool(run.training.get("auto_find_batch_size")),
+        estimate=_estimate(run, args, model),
         data_mark=mark,
         train_dataset=train,
         eval_dataset=evaluation.get("", evaluation or None),
@@ -160,6 +163,15 @@ def _train(run: Run, trainer: Trainer, going_on: str | None) -> dict[str, float]
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
+
+
+def _estimate(run: Run, args: transformers.TrainingArguments, model: Any) -> Callable[[int], str]:
+    """What `luthier check` would have said of a micro-batch of so many tokens."""
+    from luthier.train import memory
+
+    half = args.bf16 or args.fp16 or run.train.pure_bf16
+    element, twice = 2 if half else 4, memory.checkpointed(args)
+    return lambda tokens: str(check.estimate(model, tokens=tokens, element=element, checkpointing=twice))
 
 
 def _head_only(run: Run, setup: Any, train: Any, evaluation: dict[str, Any], collator: Any, args: Any) -> tuple:

@@ -29,7 +29,6 @@ RULES: dict[str, Refused] = {
     "torch_compile_backend": Refused((None,), _COMPILE),
     "torch_compile_mode": Refused((None,), _COMPILE),
     "use_cache": Refused((False,), "a key-value cache has no use in training; leave the key out"),
-    "auto_find_batch_size": Refused((False,), "not supported; lower per_device_train_batch_size or cutoff_len"),
     "eval_do_concat_batches": Refused((True,), _PREDICTIONS),
     "eval_use_gather_object": Refused((False,), _PREDICTIONS),
     "eval_accumulation_steps": Refused((None,), _PREDICTIONS),
@@ -43,6 +42,7 @@ RULES: dict[str, Refused] = {
     "hub_strategy": Refused(("every_save",), _UPLOAD),
     "hub_always_push": Refused((False,), _UPLOAD),
     "hub_revision": Refused((None,), _UPLOAD),
+    "restore_callback_states_from_checkpoint": Refused((True,), "callbacks always go on where they were; leave it out"),
     "accelerator_config": Refused((None,), "every process reads its own rows; leave the key out"),
     "parallelism_config": Refused((None,), "tensor and context parallelism are not supported yet; leave the key out"),
     "remove_unused_columns": Refused((False,), "a batch has no columns to remove; leave the key out"),
@@ -61,6 +61,7 @@ RULES: dict[str, Refused] = {
 }
 
 DIFFERS: dict[str, str] = {
+    "auto_find_batch_size": "rows that do not fit are computed in parts; the optimiser step stays the same",
     "bf16, fp16": "on a CPU without native half precision the run computes in float32 and says so",
     "disable_gradient_checkpointing": "unset, checkpointing is on on accelerators and off on a CPU",
     "use_reentrant_gc": "false by default: with frozen embeddings the reentrant form can lose gradients",
@@ -81,7 +82,14 @@ DIFFERS: dict[str, str] = {
 }
 """What is accepted and not quite what LLaMA-Factory or older transformers do, for docs/compatibility.md."""
 
-DELIVERED = ("include_num_input_tokens_seen", "disable_tqdm", "remove_unused_columns", "label_names")
+DELIVERED = (
+    "include_num_input_tokens_seen",
+    "disable_tqdm",
+    "remove_unused_columns",
+    "label_names",
+    "auto_find_batch_size",
+    "restore_callback_states_from_checkpoint",
+)
 """Keys that Luthier fulfils itself, so the Trainer is not asked: tokens are always counted, the bar is ours."""
 
 WIDER: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,11 +75,19 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a micro-batch was laid out from: looked at when it could not be computed."""
+
+    bundles: Sequence[Sequence[tuple[Encoded, str]]]
+
+
 class Collator:
-    """Bundles -> {"batch": Batch}; a class of its own so that worker processes can be handed it."""
+    """Bundles -> {"batch": Batch, "rows": Rows}; a class of its own so that worker processes can be handed it."""
 
     def __init__(self, collate: Callable[..., Any], **options: Any):
         self.collate, self.options = collate, options
 
     def __call__(self, bundles: Sequence[Sequence[tuple[Encoded, str]]]) -> dict[str, Any]:
-        return {"batch": self.collate([item for bundle in bundles for item in bundle], **self.options)}
+        batch = self.collate([item for bundle in bundles for item in bundle], **self.options)
+        return {"batch": batch, "rows": Rows(bundles)}
