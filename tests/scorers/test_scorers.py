@@ -19,8 +19,8 @@ from tests.scorers.chains import chain_model, token
 
 STOP = "<|im_end|>"
 OWN = {"a": "b", "b": "c", "c": "7", "7": STOP}
-OTHER_WAYS = {"x": "y", "y": "7", "p": "q", "q": "8", "8": STOP, "s": ["7", "8"], "o": "o"}
-"""x leads to 7, p to 8, s to either, o nowhere."""
+OTHER_WAYS = {"x": "y", "y": "7", "p": "q", "q": "8", "8": STOP, "s": ["7", "8"], "o": "o", STOP: "7"}
+"""x leads to 7, p to 8, s to either, o nowhere; after the end nothing counts."""
 
 
 @pytest.fixture
