@@ -86,7 +86,9 @@ def skeleton(run: Run) -> nn.Module:
 
 def check(run: Run) -> list[str]:
     """The findings, one line each; raises a LuthierError for what would stop the run."""
+    from luthier.data.compare import compare
     from luthier.model.adapt import count_parameters
+    from luthier.model.tokenizer import load_tokenizer
     from luthier.preview import prepare_data
     from luthier.train.config import training_arguments
     from luthier.train.rows import bundle, choose
@@ -112,6 +114,7 @@ def check(run: Run) -> list[str]:
         choice.reason(),
         f"{saved:.2f} times fewer tokens than padded rows",
         str(count_parameters(model)),
+        *compare(run.template, load_tokenizer(run.model)),
         f"memory for the largest micro-batch ({tokens:,} tokens): {memory}",
     ]
 

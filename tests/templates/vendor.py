@@ -36,7 +36,9 @@ ENDS = {
 def _base() -> Any:
     tokens = {token for text in SOURCES.values() for token in re.findall(r"<[|｜]?[\w▁.-]{2,30}[|｜]?>", text)}
     marked = {token for token in tokens if "|" in token or "｜" in token} | {"<start_of_turn>", "<end_of_turn>"}
-    return build_tokenizer(800, extra_specials=(*sorted(marked | set(ENDS.values())), "<｜User｜>", "<｜Assistant｜>"))
+    return build_tokenizer(
+        800, extra_specials=(*sorted(marked | set(ENDS.values())), "<｜User｜>", "<｜Assistant｜>", "[gMASK]", "<sop>")
+    )
 
 
 def tokenizer_of(name: str) -> Any:
