@@ -211,3 +211,9 @@ def test_changing_the_context_file_encodes_again(tmp_path):
     before = prepared(tmp_path).train[0][0].paths[0].ids
     write(tmp_path, rows, [contexts[0] | {"user_text": "Who was it?"}])
     assert prepared(tmp_path).train[0][0].paths[0].ids != before
+
+
+def test_a_folder_of_both_files(tmp_path):
+    write(tmp_path, *requests(3, 2))
+    config = DataConfig(dataset=[{"path": str(tmp_path), "format": "accept_head"}], data_cache_dir=str(tmp_path / "c"))
+    assert len(prepare(config, AcceptHead(), Bare(build_tokenizer()), cutoff_len=128, seed=0).train) == 3

@@ -18,12 +18,13 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.core.registry import find
-from luthier.data.cache import Printed, cached, digest, key_of, sha, shared_parts, source_parts
+from luthier.data.cache import Printed, cache_folder, cached, digest, key_of, sha, shared_parts, source_parts
 from luthier.data.encoder import Job, encode_source, stage_of, trains_tokens
 from luthier.data.files import Jsonl, open_source
 from luthier.data.groups import join_of, leaders, open_groups, sibling_of
 from luthier.data.info import guess, sources
 from luthier.data.mix import Pairs, mix, select, split
+from luthier.data.remote import fetched
 from luthier.data.report import DataReport, Tally
 from luthier.data.source import BadRow, DataConfig, MissingColumn, Source
 from luthier.data.store import META, EncodedSet, Store
@@ -84,7 +85,7 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
             return Prepared(*load_tokenized(tokenized, shared))
         raise ConfigError("dataset: is not set. Name a data set of dataset_info.json, or the path of a file.")
     named = _sources(config)
-    jobs = {source.name: _open(source, objective, renderer, cutoff_len) for _, source in named}
+    jobs = {source.name: _open(config, source, objective, renderer, cutoff_len) for _, source in named}
     train, evaluated = (
         [_choose(jobs[source.name], source, config, shared, seed) for key, source in named if key == wanted]
         for wanted in ("dataset", "eval_dataset")
@@ -116,7 +117,7 @@ def _streamed(config: DataConfig, objective: Objective, renderer: Printed, *, cu
         prepared = prepare(own, objective, renderer, cutoff_len=cutoff_len, seed=seed)
         evaluated, sets = prepared.eval, dict(prepared.report.sets)
     named = sources(config.dataset, config.dataset_dir, key="dataset")
-    jobs = tuple(_open(source, objective, renderer, cutoff_len, reach=config.buffer_size) for source in named)
+    jobs = tuple(_open(config, source, objective, renderer, cutoff_len) for source in named)
     for job in jobs:
         if job.groups is not None or job.source.num_samples is not None:
             what = "num_samples" if job.groups is None else f"rows that share a {job.groups.join.key}"
@@ -173,9 +174,14 @@ def _sources(config: DataConfig) -> list[tuple[str, Source]]:
     return found
 
 
-def _open(source: Source, objective: Objective, renderer: Printed, cutoff_len: int, *, reach: int | None = None) -> Job:
+def _open(config: DataConfig, source: Source, objective: Objective, renderer: Printed, cutoff_len: int) -> Job:
     """Open the files of a data set and settle its format by its first row."""
-    files = tuple(open_source(source, reach=reach))
+    if source.url is not None:
+        source = replace(source, path=fetched(source.url, source.place, cache_folder(config) / "fetched"))
+    files = open_source(source, reach=config.buffer_size if config.streaming else None)
+    joined = None if source.format is None else join_of(find("formats", source.format))
+    # Of a folder, the file that is merged in holds no rows of its own.
+    files = tuple(file for file in files if joined is None or file.path.name != joined.sibling)
     first = next(file for file in files if len(file)).take([0])[0]
     source = guess(first, source, files[0].path)
     assert source.format is not None

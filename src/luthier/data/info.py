@@ -111,13 +111,13 @@ class _Info:
         for hub in ("hf_hub_url", "ms_hub_url", "om_hub_url"):
             if entry.get(hub) and not (hub != "hf_hub_url" and entry.get("hf_hub_url")):
                 if hub != "hf_hub_url":
-                    raise DataError(f"{place}: {hub} is not supported yet. Download the data and give file_name.")
+                    raise DataError(
+                        f"{place}: {hub}: this hub has a library of its own, which Luthier does not use. Download the "
+                        "data and give file_name, or hf_hub_url."
+                    )
                 return replace(source, hub=entry[hub])
         if entry.get("cloud_file_name"):
-            raise DataError(
-                f"{place}: cloud_file_name {entry['cloud_file_name']!r} is not supported yet. Download it and give"
-                " file_name."
-            )
+            return replace(source, url=str(entry["cloud_file_name"]))
         if not entry.get("file_name"):
             raise DataError(f"{place}: neither file_name nor hf_hub_url is given, so there is nothing to read.")
         path = (self.folder or Path()) / Path(entry["file_name"]).expanduser()

@@ -219,6 +219,8 @@ class Source:
     path: Path | None = None
     hub: str | None = None
     """Hub id, where there is no local path."""
+    url: str | None = None
+    """Address of a file in a cloud's storage."""
     format: str | None = None
     """Name in `formats/`; None: decided by the first row."""
     columns: Columns | None = None
