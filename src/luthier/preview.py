@@ -114,14 +114,19 @@ def show(run: Run, *, rows: int, count: int, plot: str | bool, full: bool) -> No
 
 
 def main(argv: Sequence[str]) -> int:
-    """`luthier preview CONFIG`; its flags are in `luthier preview --help`."""
+    """`luthier preview CONFIG`, or a batch that training kept; its flags are in `luthier preview --help`."""
+    from luthier import preview_batch
     from luthier.cli import parse_command
+    from luthier.train import bad_batch
 
     command = parse_command(argv, "preview")
     flags = command.flags
     for name in ("rows", "count"):
         if flags[name] is not None and flags[name] < 0:
             raise ConfigError(f"--{name} {flags[name]}: expected 0 or more.")
+    if isinstance(command.config, str) and bad_batch.is_one(Path(command.config)):
+        preview_batch.show(Path(command.config), rows=flags["rows"], form=flags["format"], full=flags["full"])
+        return 0
     run = resolve(command.config, command.overrides, verb="preview")
     for warning in run.warnings:
         log.warning("%s", warning)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.core import manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
@@ -183,6 +184,7 @@ def _adapter_folder(name: str, config: AdapterConfig, model_config: ModelConfig)
         json.loads((folder / "adapter_config.json").read_text("utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    manifest.check_weights("adapter_name_or_path", folder)
     return folder
 
 

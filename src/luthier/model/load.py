@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.core import manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.model import quantise, rope
@@ -256,6 +257,8 @@ def _pretrained(
 
     name = config.model_name_or_path
     folder = local_folder("model_name_or_path", name)
+    if folder is not None:
+        manifest.check_weights("model_name_or_path", folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder or name,
