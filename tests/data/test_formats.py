@@ -14,6 +14,9 @@ from luthier.data.source import COLUMNS, BadRow, Columns, MissingColumn
 ALL = Columns(COLUMNS | {name: name for name in ("history", "system", "tools", "chosen", "rejected")})
 
 
+OPENAI = Columns(COLUMNS | {"messages": "messages"})
+
+
 def read(format_name, row, columns=ALL):
     return find("formats", format_name).read(row, columns)
 
@@ -135,6 +138,34 @@ def test_sharegpt_may_end_with_a_call_and_carry_weights():
     assert read("sharegpt", row).answers[0].messages == (Message("function", "{}", 0.5),)
 
 
+@pytest.mark.parametrize(
+    ("said", "weight"),
+    [({"loss": False}, 0.0), ({"loss": 1}, 1.0), ({"loss": 0.5}, 0.5), ({"loss": True, "weight": 1}, 1.0), ({}, None)],
+)
+def test_loss_and_weight_of_a_message(said, weight):
+    for name, row, columns in (
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "q", "loss": 0}, {"from": "gpt", "value": "a"}]},
+            ALL,
+        ),
+        ("openai", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, OPENAI),
+    ):
+        next(iter(row.values()))[1].update(said)
+        assert read(name, row, columns).answers[0].messages[0].weight == weight
+
+
+@pytest.mark.parametrize("roles", ["human human gpt", "gpt human gpt", "human gpt gpt", "human gpt system human gpt"])
+def test_turns_stand_in_any_order(roles):
+    row = talk(*((role, str(nth)) for nth, role in enumerate(roles.split())))
+    example = read("sharegpt", row)
+    words = {"human": "user", "gpt": "assistant", "system": "system"}
+    assert [(m.role, m.content) for m in (*example.prompt, *example.answers[0].messages)] == [
+        (words[role], str(nth)) for nth, role in enumerate(roles.split())
+    ]
+    assert example.system == ""
+
+
 def test_sharegpt_with_other_names():
     columns = with_names(
         messages="talk",
@@ -166,12 +197,6 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (
-            talk(("gpt", "a"), ("human", "q")),
-            "wrong order of roles | turn 1 is assistant, expected user or observation",
-        ),
-        (talk(("human", "q"), ("human", "r")), "wrong order of roles | turn 2 is user"),
-        (talk(("human", "q"), ("system", "s")), "wrong order of roles | turn 2 is system"),
         (talk(("human", "q"), ("bot", "a")), "unknown role | message 2: 'bot' (str) is none of human, gpt"),
         (talk(("human", "q"), ("gpt", None)), "a message that is not text | message 2: None"),
         (talk(("human", "q"), ("gpt", "")), "empty response"),
@@ -181,6 +206,12 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt():
         ({"conversations": [{"role": "user", "content": "q"}]}, "a message without 'from' and 'value'"),
         ({"conversations": ["q"]}, "a message without"),
         ({"conversations": [{"from": "human", "value": "q", "weight": -1}]}, "a message weight"),
+        ({"conversations": [{"from": "gpt", "value": "q", "loss": "no"}]}, "a message loss that is not a number"),
+        ({"conversations": [{"from": "gpt", "value": "q", "loss": True, "weight": 0.5}]}, "a loss that differ"),
+        (
+            {"conversations": [{"from": "human", "value": "q", "loss": 1}, {"from": "gpt", "value": "a"}]},
+            "a loss weight on a turn that the model does not speak | turn 1, of user",
+        ),
     ],
 )
 def test_sharegpt_rows_that_cannot_be_used(row, expected):
@@ -201,9 +232,6 @@ def test_rankings_that_cannot_be_used(row, expected):
     assert expected in refused("sharegpt", row, with_names(ranking=True))
 
 
-OPENAI = with_names(messages="messages")
-
-
 def test_openai():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     row = {
@@ -218,10 +246,10 @@ def test_openai():
     }
     example = read("openai", row, OPENAI)
     assert example.system == "s"
-    assert [m.role for m in example.prompt] == ["user", "function", "observation"]
+    assert [m.role for m in example.prompt] == ["user", "function", "observation", "observation"]
     assert example.prompt[0].content == "q"
     assert json.loads(example.prompt[1].content) == [{"name": "add", "arguments": {"a": 1}}]
-    assert example.prompt[2].content == "1\n2"
+    assert [m.content for m in example.prompt[2:]] == ["1", "2"]
     assert example.answers[0].messages == (Message("assistant", "a", 0.0),)
 
 

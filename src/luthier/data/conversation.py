@@ -8,9 +8,7 @@ from typing import Any
 
 from luthier.core.types import Answer, Example, Message
 from luthier.data.source import BadRow, Columns, excerpt
-
-TURNS = (("user", "observation"), ("assistant", "function"))
-"""Who speaks in turn: the model answers."""
+from luthier.data.turns import RESPONSES
 
 
 def conversation(
@@ -18,27 +16,28 @@ def conversation(
 ) -> Example:
     """An Example of a row's messages; raises BadRow.
 
-    A leading system message outranks the system column. A conversation that ends with a user's turn has no answer of
-    its own; with `ranking` it is answered by the columns chosen and rejected, which `choice(value, meaning)` reads.
+    Turns may stand in any order; whether a template can write it is for the template to say. A leading system message
+    outranks the system column. A conversation that does not end with a turn of the model has no answer of its own;
+    with `ranking` it is answered by the columns chosen and rejected, which `choice(value, meaning)` reads.
     """
     turns, system = list(messages), columns.text(row, "system")
     if turns and turns[0].role == "system":
         system = turns.pop(0).content
     if not turns:
         raise BadRow("empty conversation")
-    for nth, message in enumerate(turns):
-        if message.role not in TURNS[nth % 2]:
-            wanted = " or ".join(TURNS[nth % 2])
-            raise BadRow("wrong order of roles", f"turn {nth + 1} is {message.role}, expected {wanted}")
+    for nth, message in enumerate(turns, 1):
+        if message.weight and message.role not in RESPONSES:
+            raise BadRow("a loss weight on a turn that the model does not speak", f"turn {nth}, of {message.role}")
+    answered = turns[-1].role in RESPONSES
     answers: tuple[Answer, ...] = ()
     if columns.ranking:
-        if len(turns) % 2 == 0:
+        if answered:
             raise BadRow("wrong order of roles", "before chosen and rejected must come a user turn")
         answers = tuple(
             Answer((_spoken(choice(columns.need(row, meaning), meaning), meaning),), score, meaning)
             for meaning, score in (("chosen", 1.0), ("rejected", 0.0))
         )
-    elif len(turns) % 2 == 0:
+    elif answered:
         answers = (Answer((_spoken(turns.pop(), "response"),), _liked(row, columns)),)
     return Example(tuple(turns), answers, system, tools_text(row, columns))
 
@@ -50,17 +49,18 @@ def tools_text(row: Mapping[str, Any], columns: Columns) -> str:
 
 
 def loss_weight(turn: Mapping[str, Any], where: str) -> float | None:
-    """The loss weight a message carries, None if none."""
-    weight = turn.get("weight")
-    if weight is None:
-        return None
-    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise BadRow("a message weight that is not a number of 0 or more", f"{where}: {excerpt(weight)}")
-    return float(weight)
+    """The loss weight a message carries as `weight` or `loss` (0, 1, true, false or between), None if none."""
+    found = {key: turn[key] for key in ("weight", "loss") if turn.get(key) is not None}
+    for key, weight in found.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise BadRow(f"a message {key} that is not a number of 0 or more", f"{where}: {excerpt(weight)}")
+    if len({float(weight) for weight in found.values()}) > 1:
+        raise BadRow("a message with a weight and a loss that differ", f"{where}: {excerpt(found)}")
+    return next((float(weight) for weight in found.values()), None)
 
 
 def _spoken(message: Message, meaning: str) -> Message:
-    if message.role not in TURNS[1]:
+    if message.role not in RESPONSES:
         raise BadRow("wrong order of roles", f"{meaning} is a {message.role} message, expected assistant or function")
     if not message.content:
         raise BadRow(f"empty {meaning}")

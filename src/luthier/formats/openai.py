@@ -1,7 +1,7 @@
 """Rows with `messages` as OpenAI's API takes them: role and content, `tool_calls`, tool results.
 
-An assistant's tool calls become a function turn, with the text before the calls kept. Results of several calls that
-follow each other become one observation. The names of keys and roles can be changed with `tags`.
+An assistant's tool calls become a function turn, with the text before the calls kept. A message may carry a loss
+`weight` or `loss`. The names of keys and roles can be changed with `tags`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ def read(row: Mapping[str, Any], columns: Columns) -> Example:
     turns = columns.need(row, "messages")
     if not isinstance(turns, list):
         raise BadRow(f"{columns.name('messages')!r} is not a list", excerpt(turns))
-    messages: list[Message] = []
-    for nth, turn in enumerate(turns, 1):
-        message = _message(turn, tags, f"message {nth}")
-        if message.role == "observation" and messages and messages[-1].role == "observation":
-            message = Message("observation", f"{messages.pop().content}\n{message.content}")
-        messages.append(message)
+    messages = [_message(turn, tags, f"message {nth}") for nth, turn in enumerate(turns, 1)]
     return conversation(row, columns, messages, lambda value, meaning: _choice(value, tags, meaning))
 
 
@@ -82,7 +77,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+        except ValueError:
             raise BadRow("arguments of a tool call that are not JSON", f"{where}: {excerpt(arguments)}") from None
     return {"name": function["name"], "arguments": arguments}
 

@@ -1,7 +1,7 @@
 """Rows with a conversation: a list of messages, each with a role and a text (ShareGPT).
 
-The names of the columns, of the two keys in a message and of the roles are the data set's `columns` and `tags`. User
-and observation turns alternate with assistant and function turns. A message may carry a loss `weight`.
+The names of the columns, of the two keys in a message and of the roles are the data set's `columns` and `tags`. Turns
+may stand in any order that the template can write. A message may carry a loss `weight` or `loss`.
 """
 
 from __future__ import annotations
