@@ -172,6 +172,20 @@ def test_the_error_says_what_may_help():
     assert bind("nemotron_3_nano", enable_thinking=False).branches(TALK)
 
 
+def test_an_earlier_turn_that_cannot_be_trained_on_is_no_matter_for_the_last():
+    renderer = bind("nemotron_3_nano")
+    talk = (*TALK[:3], Message("assistant", THOUGHT + "Yes."))
+    with pytest.raises(TemplateError, match="at message 2"):
+        renderer.branches(talk)
+    source, response = renderer.oneturn(talk)
+    assert renderer.pairs(talk, mask_history=True) == [(source, response)]
+    assert renderer.prompt(talk[:3]) == source
+    assert renderer.tokenizer.decode(source).endswith("<|im_start|>assistant\n<think>\n")
+    assert renderer.tokenizer.decode(response).split() == ["hm", "hm", "</think>", "Yes.<|im_end|>"]
+    with pytest.raises(TemplateError, match="at message 4"):
+        renderer.oneturn(TALK)
+
+
 def test_a_conversation_becomes_one_example_with_a_path_for_each_branch():
     from luthier.core.types import Answer, Example
 

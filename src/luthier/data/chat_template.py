@@ -74,8 +74,10 @@ class ChatTemplateRenderer:
         """See Renderer. With `mask_history` a template that rewrites earlier turns is no error: the pairs then are
         those of the last branch."""
         check_ends(messages, response_last=True, template=self.name)
+        if mask_history:
+            return self._ids(self._last(messages, system, tools))
         branches = self._branches(messages, system, tools)
-        if len(branches) > 1 and not mask_history:
+        if len(branches) > 1:
             raise Rewritten(self._rewritten(messages, system, tools, sum(map(len, branches[:-1]))))
         return self._ids(branches[-1])
 
@@ -89,13 +91,18 @@ class ChatTemplateRenderer:
     def oneturn(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> tuple[Ids, Ids]:
         """See Renderer."""
         check_ends(messages, response_last=True, template=self.name)
-        *earlier, last = self._ids(self._branches(messages, system, tools)[-1])
+        *earlier, last = self._ids(self._last(messages, system, tools))
         return [token for pair in earlier for part in pair for token in part] + last[0], last[1]
 
     def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> Ids:
         """See Renderer."""
         check_ends(messages, response_last=False, template=self.name)
-        last = self._cut(messages, system, tools)[-1]
+        try:
+            last = self._cut(messages, system, tools)[-1]
+        except TemplateError:  # an earlier turn could not be trained on, which is no matter here
+            asked = self._text.asked(messages, system, tools)
+            self._text.check_prompt(messages, system, tools, asked)
+            last = [(asked, "")]
         return self._pieces.join(piece for pair in last for piece in pair)
 
     def document(self, text: str) -> Ids:
@@ -142,6 +149,23 @@ class ChatTemplateRenderer:
         known = self._known.get((tuple(messages), system, tools))
         return self._cut(messages, system, tools) if known is None else known
 
+    def _last(self, messages: Sequence[Message], system: str, tools: str) -> Branch:
+        """The branch of the last response; alone with all of its history where an earlier turn cannot be trained on."""
+        try:
+            return self._branches(messages, system, tools)[-1]
+        except TemplateError:
+            asked = self._text.asked(messages[:-1], system, tools)
+            self._text.check_prompt(messages[:-1], system, tools, asked)
+            whole, (start, stop) = self._spoken(messages, system, tools, asked)
+            return [(whole[:start], whole[start:stop])]
+
+    def _spoken(self, messages: Sequence[Message], system: str, tools: str, asked: str) -> tuple[str, tuple[int, int]]:
+        """A conversation that ends with a response, and what is trained of that."""
+        whole, spans = self._text.whole(messages, system, tools)
+        self._check_own(asked, whole, len(messages) - 1)
+        self._text.check_response(messages[-1], whole[len(asked) :])
+        return whole, self._narrow(spans, messages[:-1], (system, tools), asked, len(whole))
+
     def _cut(self, messages: Sequence[Message], system: str, tools: str) -> list[Branch]:
         """The conversation as branches of exchanges, the last response empty if the model is to speak next."""
         branches: list[Branch] = []
@@ -163,10 +187,8 @@ class ChatTemplateRenderer:
             if place == len(messages):
                 branches[-1].append((asked[done:], ""))
                 break
-            path, spans = self._text.whole(messages[: place + 1], system, tools)
-            self._check_own(asked, path, place)
-            self._text.check_response(messages[place], path[len(asked) :])
-            open_end = start, stop = self._narrow(spans, messages[:place], (system, tools), asked, len(path))
+            path, open_end = self._spoken(messages[: place + 1], system, tools, asked)
+            start, stop = open_end
             branches[-1].append((path[done:start], path[start:stop]))
         return branches
 
