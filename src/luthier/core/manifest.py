@@ -79,8 +79,8 @@ def check_weights(key: str, folder: Path) -> None:
 def _wrong(path: Path, facts: Mapping[str, Any], contents: bool) -> str | None:
     try:
         size = path.stat().st_size
-        if size != facts["bytes"]:
-            return f"has {size:,} bytes instead of {facts['bytes']:,}"
+        if size != facts["size"]:
+            return f"has {size:,} bytes instead of {facts['size']:,}"
         if contents and _digest(path) != facts["sha256"]:
             return "does not have the contents it was saved with"
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def _wrong(path: Path, facts: Mapping[str, Any], contents: bool) -> str | None:
 
 def _facts(path: Path) -> dict[str, Any]:
     flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _digest(path: Path) -> str:
