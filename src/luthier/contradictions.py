@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from luthier.core.config import Given, Problem, Settled
 from luthier.core.kinds import is_true
 from luthier.core.objective import Objective
+from luthier.core.paths import local
 from luthier.core.registry import find, names
 from luthier.train import config
 from luthier.train.config import TrainConfig, trains
@@ -66,7 +66,7 @@ class Keys(Mapping[str, Any]):
         try:
             if isinstance(settings, str):
                 inline = settings.lstrip().startswith("{")
-                settings = json.loads(settings if inline else Path(settings).expanduser().read_text(encoding="utf-8"))
+                settings = json.loads(settings if inline else local(settings).read_text(encoding="utf-8"))
             return int((settings or {})["zero_optimization"]["stage"])
         except (OSError, ValueError, TypeError, LookupError):
             return 0

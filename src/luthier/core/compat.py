@@ -43,7 +43,7 @@ def _same(value: Any, accepted: Any) -> bool:
     if isinstance(accepted, (int, float)) and not isinstance(value, bool):
         try:
             return float(value) == float(accepted)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
     return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
 
@@ -51,7 +51,7 @@ def _same(value: Any, accepted: Any) -> bool:
 def _ratio(value: Any) -> float:
     try:
         ratio = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"expected a number from 0 up to, but not including, 1, got {value!r}") from None
     if not 0 <= ratio < 1:
         raise ValueError(f"expected a share of all steps, from 0 up to but not including 1, got {value!r}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from luthier.core.errors import ConfigError
+from luthier.core.paths import is_folder, local
 
 FAMILIES = (
     "objectives",
@@ -39,9 +40,10 @@ _plugins: list[Path] = []
 
 def use_plugins(folder: str | Path) -> None:
     """Search a user's folder too. Its sub-folders are named as ours are; ours win a tie with an error."""
-    path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
+    path = local(folder)
+    if not is_folder(path):
         raise ConfigError(f"plugins: {folder} is not a folder. Give a folder with sub-folders such as objectives/.")
+    path = path.resolve()
     if path not in _plugins:
         _plugins.append(path)
 

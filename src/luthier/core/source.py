@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import ConfigError
+from luthier.core.paths import is_file, is_folder, local
 
 COMMAND_LINE = "command line"
 DEEPEST = 32
@@ -52,7 +53,7 @@ def read(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if isinstance(config, Mapping):
         given = _read_mapping(config, "the given keys" if config or not overrides else COMMAND_LINE)
     else:
-        given = _read_file(Path(config).expanduser())
+        given = _read_file(local(config))
     for override in overrides:
         _override(given, override)
     _not_too_deep(given)
@@ -89,7 +90,7 @@ def _read_mapping(config: Mapping[str, Any], name: str) -> Given:
 
 
 def _read_file(path: Path) -> Given:
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(_no_file(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -102,7 +103,7 @@ def _read_file(path: Path) -> Given:
 
 
 def _no_file(path: Path) -> str:
-    if path.is_dir():
+    if is_folder(path):
         return f"{path} is a folder; give the configuration file itself (YAML or JSON)."
     siblings = [file.name for file in path.parent.glob("*") if file.suffix.lower() in (".yaml", ".yml", ".json")]
     near = get_close_matches(path.name, siblings, n=1)

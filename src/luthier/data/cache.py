@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from luthier.core.errors import DataError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective, Renderer
+from luthier.core.paths import local
 from luthier.data.files import File, Hub
 from luthier.data.source import DataConfig, Source
 from luthier.data.store import ITEMS, META
@@ -123,7 +124,7 @@ def _code() -> str:
 def cache_folder(config: DataConfig) -> Path:
     """Where encoded data are kept."""
     if config.data_cache_dir is not None:
-        return Path(config.data_cache_dir).expanduser()
+        return local(config.data_cache_dir)
     below = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return below / "luthier" / "encoded"
 

@@ -17,6 +17,7 @@ import numpy as np
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
+from luthier.core.paths import local
 from luthier.core.registry import find
 from luthier.data.cache import Printed, cache_folder, cached, digest, key_of, sha, shared_parts, source_parts
 from luthier.data.encoder import Job, encode_source, stage_of, trains_tokens
@@ -78,7 +79,7 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
     if config.buffer_size != DataConfig.buffer_size:
         log.warning("buffer_size has no effect: it belongs to streaming, which is off.")
     shared = shared_parts(objective, renderer, cutoff_len)
-    tokenized = None if config.tokenized_path is None else Path(config.tokenized_path).expanduser()
+    tokenized = None if config.tokenized_path is None else local(config.tokenized_path)
     reusable = tokenized is not None and tokenized_exists(tokenized) and not config.overwrite_cache
     if not config.dataset and not config.eval_dataset:
         if tokenized is not None and reusable:
@@ -299,7 +300,7 @@ def judge(job: Job, tally: Tally, max_bad_rows: float) -> None:
 HINTS = {
     "nothing left to train": "Prompts that fill cutoff_len leave no room for the response: raise cutoff_len. A row "
     "whose turns all have weight 0 trains nothing either.",
-    "wrong order of roles": "User and observation turns must alternate with assistant and function turns.",
+    "wrong order of roles": "A turn of the user stands before chosen and rejected.",
     "unknown role": "Name the roles of this data set with tags: {user_tag: ..., assistant_tag: ...}.",
 }
 """What is likely wrong, by the beginning of a reason."""

@@ -81,7 +81,10 @@ class Job:
     def read(self, row: Row) -> Example:
         """A row as an Example with as many answers as the stage can take; raises BadRow, DataError for too many."""
         assert self.source.format is not None
-        example = reader(self.source.format)(row, self.columns)
+        try:
+            example = reader(self.source.format)(row, self.columns)
+        except RecursionError:
+            raise BadRow("lists and objects are nested too deep") from None
         fewest, most = self.objective.answers
         if len(example.answers) < fewest:
             raise BadRow(f"brings {_answers(len(example.answers))}, the stage needs {fewest}")

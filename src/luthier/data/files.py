@@ -10,6 +10,7 @@ import csv
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,7 @@ class Jsonl(_Lines):
     """Every line that is not blank is a JSON object."""
 
     def _parse(self, text: str, number: int) -> Row:
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _bad_json(error, text, self.path, number) from None
+        row = parse_json(text, self.path, number)
         if not isinstance(row, dict):
             raise DataError(f"{self.path}, line {number}: expected a JSON object, got {excerpt(row)}.")
         return row
@@ -242,10 +240,7 @@ def _open_json(path: Path) -> File:
     text = _decode(path.read_bytes(), str(path)).lstrip("\ufeff")
     if text.lstrip()[:1] == "{" and _is_object(text.strip().partition("\n")[0]):
         return Jsonl(path)
-    try:
-        rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise _bad_json(error, text, path, 1) from None
+    rows = parse_json(text, path, 1) if text.strip() else []
     if not isinstance(rows, list):
         keys = f" with the keys {', '.join(map(repr, rows))}" if isinstance(rows, dict) else ""
         raise DataError(f"{path}: expected a JSON list of objects, got {excerpt(rows)}{keys}.")
@@ -258,7 +253,7 @@ def _open_json(path: Path) -> File:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -268,6 +263,10 @@ def _open_csv(path: Path) -> File:
         reader = csv.DictReader(file, strict=True)
         rows: list[Row] = []
         try:
+            header = list(reader.fieldnames or [])
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise DataError(f"{path}: two columns are called {twice[0]!r}. Give each a name of its own.")
             for row in reader:
                 if None in row:
                     raise DataError(
@@ -283,20 +282,18 @@ def _open_csv(path: Path) -> File:
 
 
 def _open_parquet(path: Path) -> File:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    with _readable(path, "a parquet"):
         metadata = parquet.read_metadata(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from None
-    return Table(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _row_group)
+        return Table(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _row_group)
 
 
 def _row_group(path: Path, group: int) -> Any:
     from pyarrow import parquet
 
-    return parquet.ParquetFile(path).read_row_group(group)
+    with _readable(path, "a parquet"):
+        return parquet.ParquetFile(path).read_row_group(group)
 
 
 def _open_arrow(path: Path) -> File:
@@ -312,14 +309,25 @@ def _arrow_batch(path: Path, group: int) -> Any:
 def _arrow_batches(path: Path) -> list[Any]:
     import pyarrow
 
-    mapped = pyarrow.memory_map(str(path))
-    try:
+    with _readable(path, "an arrow"):
+        mapped = pyarrow.memory_map(str(path))
         try:
             return pyarrow.ipc.open_stream(mapped).read_all().to_batches()
-        except pyarrow.ArrowInvalid:
+        except (pyarrow.ArrowInvalid, OSError):
             return pyarrow.ipc.open_file(mapped).read_all().to_batches()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not an arrow file: {error}") from None
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Whatever Arrow stumbles over in a broken file, as one DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not {kind} file, or a broken one: {str(error).splitlines()[0]}") from None
 
 
 def _open_hub(source: Source, reach: int | None) -> File:
@@ -357,6 +365,19 @@ def _decode(raw: bytes, place: str) -> str:
 def _bad_text(error: UnicodeDecodeError, place: str) -> DataError:
     byte = error.object[error.start]
     return DataError(f"{place}: not UTF-8 text (byte {byte:#04x} at offset {error.start}). Save the file as UTF-8.")
+
+
+def parse_json(text: str, path: Path, first_line: int, hook: Callable[[list[Any]], Any] | None = None) -> Any:
+    """What a JSON text says; raises DataError with its place. hook: makes an object of its pairs."""
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except json.JSONDecodeError as error:
+        raise _bad_json(error, text, path, first_line) from None
+    except RecursionError:
+        raise DataError(f"{path}, line {first_line}: lists and objects are nested too deep to be read.") from None
+    except ValueError as error:
+        # Numbers of thousands of digits.
+        raise DataError(f"{path}, line {first_line}: a value cannot be read: {error}.") from None
 
 
 def _bad_json(error: json.JSONDecodeError, text: str, path: Path, first_line: int) -> DataError:

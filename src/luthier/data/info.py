@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import ConfigError, DataError
+from luthier.core.paths import is_file, is_folder, lies, local
 from luthier.core.registry import miss, names
+from luthier.data.files import parse_json
 from luthier.data.source import COLUMNS, TAGS, Columns, Source, excerpt
 
 INFO = "dataset_info.json"
@@ -62,9 +63,9 @@ class _Info:
             file = _remote(dataset_dir.removeprefix("REMOTE:"))
             self.entries, self.title = _read_info(file), str(file)
         elif not self.online:
-            self.folder = Path(dataset_dir).expanduser()
+            self.folder = local(dataset_dir)
             self.title = str(self.folder / INFO)
-            if (self.folder / INFO).is_file():
+            if is_file(self.folder / INFO):
                 self.entries = _read_info(self.folder / INFO)
 
     def named(self, name: str, key: str) -> Source:
@@ -90,9 +91,9 @@ class _Info:
 
     def find(self, name: str) -> Path | None:
         """A local file or folder, as the user gave it or below `dataset_dir`."""
-        path = Path(name).expanduser()
+        path = local(name)
         candidates = [path] if self.folder is None else [path, self.folder / path]
-        return next((candidate for candidate in candidates if candidate.exists()), None)
+        return next((candidate for candidate in candidates if lies(candidate)), None)
 
     def _entry(self, name: str) -> Source:
         entry, place = self.entries[name], f"{self.title}: {name}"
@@ -120,8 +121,8 @@ class _Info:
             return replace(source, url=str(entry["cloud_file_name"]))
         if not entry.get("file_name"):
             raise DataError(f"{place}: neither file_name nor hf_hub_url is given, so there is nothing to read.")
-        path = (self.folder or Path()) / Path(entry["file_name"]).expanduser()
-        if not path.exists():
+        path = (self.folder or Path()) / local(entry["file_name"])
+        if not lies(path):
             raise DataError(_no_file(str(path), place, self.folder))
         return replace(source, path=path)
 
@@ -222,10 +223,18 @@ def _format(name: Any, place: str) -> str:
 
 
 def _read_info(file: Path) -> Mapping[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DataError(f"{file}: {twice[0]!r} is written twice in one object. Keep one of the two.")
+        return dict(pairs)
+
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.") from None
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+    entries = parse_json(text, file, 1, unique)
     if not isinstance(entries, dict):
         raise DataError(f"{file}: expected an object of data set names, got {excerpt(entries)}.")
     return entries
@@ -241,9 +250,9 @@ def _remote(repo: str) -> Path:
 
 
 def _no_file(name: str, place: str, folder: Path | None) -> str:
-    path = Path(name).expanduser()
+    path = local(name)
     parents = [path.parent] if folder is None or path.is_absolute() else [path.parent, folder / path.parent]
-    there = {item.name: item for parent in parents if parent.is_dir() for item in parent.iterdir()}
+    there = {item.name: item for parent in parents if is_folder(parent) for item in parent.iterdir()}
     near = get_close_matches(path.name, sorted(there), n=1)
     hint = f" Did you mean {str(there[near[0]])!r}?" if near else ""
     below = f" (nor below dataset_dir {str(folder)!r})" if folder is not None and not path.is_absolute() else ""

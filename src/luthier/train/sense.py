@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from luthier.core.paths import is_file, is_folder, local
 from luthier.train.config import TrainConfig
 from luthier.train.keys import training_keys
 
@@ -95,11 +95,11 @@ def _evaluations(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Compla
 
 def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
     resume = keys["resume_from_checkpoint"]
-    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).expanduser().is_dir():
+    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not is_folder(local(resume)):
         yield ("resume_from_checkpoint",), f"there is no folder {resume}. Name a checkpoint-N folder, or write true."
     for name in ("deepspeed", "fsdp_config", "lr_scheduler_kwargs"):
         value = keys[name]
-        if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).expanduser().is_file():
+        if isinstance(value, str) and not value.lstrip().startswith("{") and not is_file(local(value)):
             yield (name,), f"there is no file {value}."
 
 

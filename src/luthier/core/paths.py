@@ -1,0 +1,39 @@
+"""Paths as users write them: names that no file system takes, or homes of nobody, lie nowhere and are no defect."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+def local(name: str | Path) -> Path:
+    """A path with `~` filled in, as far as there is such a home."""
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def lies(path: Path) -> bool:
+    """Whether something lies there."""
+    return _asked(path, Path.exists)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there."""
+    return _asked(path, Path.is_file)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies there."""
+    return _asked(path, Path.is_dir)
+
+
+def _asked(path: Path, question) -> bool:
+    try:
+        return question(path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
