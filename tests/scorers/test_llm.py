@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,6 +160,16 @@ def test_a_busy_server_is_asked_again(server, tools, caplog):
     assert scorer(server, tools).score(spots(tools)[:1]) == [0.6]
     assert "HTTP 429: slow down; asked again in 0.0 s" in caplog.text
     assert "HTTP 503: loading; asked again in 0.0 s" in caplog.text
+
+
+def test_waits_double_and_the_servers_word_goes_first(server, tools, monkeypatch):
+    waits = []
+    monkeypatch.setattr(_endpoint, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
+    replies = iter([(500, {}, b"")] * 3 + [(429, {"Retry-After": "7"}, b""), (429, {"Retry-After": "999"}, b"")])
+    server.replies = lambda body: next(replies, said("6"))
+    assert scorer(server, tools).score(spots(tools)[:1]) == [0.6]
+    assert waits == [1.0, 2.0, 4.0, 7.0, 60.0]
 
 
 def test_a_refusal_is_not_asked_again(server, tools):
