@@ -146,6 +146,17 @@ def test_the_trained_model_is_compared_with_the_one_from_before(shop, trained):
     )
 
 
+def test_a_new_adapter_on_a_merged_one(shop, trained):
+    """Its reference has the earlier adapter, which training merged, and not the new one."""
+    trained("sft-lora")
+    earlier = {"adapter_name_or_path": str(shop / "sft-lora"), "create_new_adapter": True, "do_predict": False}
+    file = config(shop, "second", **STAGES["dpo-lora"] | earlier)
+    assert main(["train", str(file)]) == main(["eval", str(file)]) == 0
+    found, expected = results(shop / "second" / "eval"), results(shop / "second")
+    assert found["eval_rewards/margins"] != 0
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5, abs=1e-6)
+
+
 def test_as_it_is_before_training(shop, trained):
     file = trained("sft-lora")
     assert main(["eval", str(file), "--as-is", "eval_dataset=other.jsonl"]) == 0

@@ -246,3 +246,15 @@ def test_a_gguf_file_without_its_reader_names_the_package_and_keeps_the_download
     with pytest.raises(ModelError, match=r"pip install 'luthier\[demo\]'"):
         fetch.fetch("tiny", tmp_path / "m", known=model)
     assert (cache / ".tiny.work" / "weights.bin").exists() and not (tmp_path / "m").exists()
+
+
+def test_loading_understands_the_manifest_of_a_fetched_model(tmp_path):
+    """Checkpoints have a file of the same name, which is looked at before weights are loaded."""
+    from luthier.core.manifest import check_weights
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    fetch.write_manifest(tmp_path)
+    check_weights("model_name_or_path", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weight")
+    with pytest.raises(ModelError, match="model.safetensors has 6 bytes instead of 7"):
+        check_weights("model_name_or_path", tmp_path)
