@@ -1,0 +1,134 @@
+"""Which optimiser a run gets, and what is said where it cannot have the one it asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+import transformers
+
+from luthier.core.errors import ConfigError
+from luthier.core.registry import find, names
+from luthier.optim._task import Task
+from luthier.train import optimiser
+
+OPTIM = {name: find("optim", name).Config() for name in names("optim")}
+
+
+def task(*, pure_bf16=False, **keys) -> Task:
+    args = transformers.TrainingArguments(output_dir="unused", report_to="none", use_cpu=True, **keys)
+    return Task(args, adapter=False, pure_bf16=pure_bf16)
+
+
+def chosen(*, pure_bf16=False, optim="adamw_torch", training=(), **keys):
+    configs = dict(OPTIM)
+    for key, value in keys.items():
+        home = next(name for name, config in OPTIM.items() if key in vars(config))
+        configs[home] = type(OPTIM[home])(**{key: value})
+    return optimiser.choose(configs, task(pure_bf16=pure_bf16, optim=optim, **dict(training)))
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No optional package is installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def stocked(monkeypatch):
+    """Every optional package is installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def test_by_default_transformers_chooses():
+    assert chosen() is None and chosen(optim="sgd") is None
+
+
+@pytest.mark.parametrize("key", ["use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"])
+def test_a_key_chooses_its_rule_and_comes_before_rounding(stocked, key):
+    for pure in (False, True):
+        factory, settings = chosen(pure_bf16=pure, **{key: True})
+        assert settings["rule"].__name__ == f"luthier.optim.{key.removeprefix('use_')}"
+        assert getattr(settings["config"], key) is True
+    assert chosen(loraplus_lr_ratio=4.0)[1]["rule"].__name__.endswith("loraplus")
+
+
+def test_two_optimisers_are_one_too_many(stocked):
+    with pytest.raises(ConfigError, match="adam_mini and muon are optimisers, and a run has one"):
+        chosen(use_muon=True, use_adam_mini=True)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_pure_bf16_rounds_at_random(optim, caplog):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        factory, settings = chosen(pure_bf16=True, optim=optim)
+    made = factory()(torch.nn.Linear(3, 2, dtype=torch.bfloat16), **settings)
+    assert type(made).__name__ == "StochasticAdamW" and not caplog.records
+    assert [group["weight_decay"] for group in made.param_groups] == [0.0, 0.0]
+
+
+def test_pure_bf16_with_an_optimiser_that_rounds_to_the_nearest_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        assert chosen(pure_bf16=True, optim="adafactor") is None
+    assert "pure_bf16 with optim: adafactor" in caplog.text and "vanish" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [
+        ("galore_adamw", "galore-torch"), ("apollo_adamw_layerwise", "apollo-torch"), ("adalomo", "lomo-optim"),
+        ("lomo", "lomo-optim"), ("grokadamw", "grokadamw"), ("schedule_free_radam", "schedulefree"),
+        ("stable_adamw", "torch-optimi"), ("adamw_torch_8bit", "torchao"), ("adamw_8bit", "luthier.quant."),
+        ("paged_lion_8bit", "luthier.quant."), ("rmsprop_bnb", "luthier.quant."), ("ademamix", "luthier.quant."),
+    ],
+)  # fmt: skip
+def test_what_optim_names_and_is_not_installed(bare, optim, package):
+    with pytest.raises(ConfigError, match=f"optim: {optim} needs the package {package}, .* pip install"):
+        chosen(optim=optim)
+
+
+def test_every_optimiser_of_transformers_that_imports_a_package_is_in_the_table():
+    """Read from transformers: each handler's messages name what it needs."""
+    import inspect
+
+    from transformers import trainer_optimizer
+
+    starts = tuple(start for start, _, _ in optimiser.PACKAGES)
+    for name, handler in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+        needs = "import" in inspect.getsource(handler) and handler.__name__ != "_get_adamw_torch"
+        assert needs == str(name.value).startswith(starts), name
+
+
+@pytest.mark.parametrize("key", ["use_galore", "use_apollo", "use_badam", "use_adam_mini"])
+def test_what_a_rule_needs_and_is_not_installed(bare, key):
+    package = key.removeprefix("use_").replace("_", "-")
+    with pytest.raises(ConfigError, match=f"{key} needs the package {package}.*pip install {package}"):
+        chosen(**{key: True})
+
+
+@pytest.mark.parametrize(
+    ("optim", "training", "words"),
+    [
+        ("galore_adamw", {}, "needs optim_target_modules"),
+        (
+            "apollo_adamw",
+            {"optim_target_modules": "all-linear", "weight_decay": 0.1},
+            "weight_decay: transformers does",
+        ),
+        ("schedule_free_adamw", {"warmup_steps": 0.1}, "warmup_steps: .* wants a number of steps"),
+    ],
+)
+def test_what_transformers_would_ignore_or_stumble_over(stocked, optim, training, words):
+    with pytest.raises(ConfigError, match=words):
+        chosen(optim=optim, training=training)
+
+
+def test_schedule_free_with_a_schedule_is_pointed_out(stocked, caplog):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        chosen(optim="schedule_free_adamw")
+        assert "lr_scheduler_type: constant suits it" in caplog.text
+        caplog.clear()
+        chosen(optim="schedule_free_adamw", training={"lr_scheduler_type": "constant"})
+    assert not caplog.records
