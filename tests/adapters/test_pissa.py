@@ -135,6 +135,19 @@ def test_an_adapter_that_forgot_its_start(tmp_path, caplog):
         sidecars(model, given, HERE)
 
 
+def test_it_cannot_be_its_own_reference(tmp_path):
+    """Switched off, it leaves what it was trained beside, and not the model before training."""
+    from luthier.model.policy import PolicySetup
+    from luthier.model.reference import FrozenModel, ReferenceConfig, make_reference
+
+    setup = PolicySetup(begin())
+    with pytest.raises(ConfigError, match="ref_model: a PiSSA adapter takes the model apart"):
+        make_reference(ReferenceConfig(), setup, HERE, dtype=torch.float32)
+    build_model("llama").save_pretrained(tmp_path)
+    own = ReferenceConfig(ref_model=str(tmp_path))
+    assert isinstance(make_reference(own, setup, HERE, dtype=torch.float32), FrozenModel)
+
+
 def test_plain_lora_has_no_sidecars():
     model = adapt(build_model("llama"), AdapterConfig(), lora.Config(), model_config=HERE, trainable=True)
     assert sidecars(model, AdapterConfig(), HERE) == []

@@ -41,6 +41,7 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
 
     from luthier.model.adapt import AdapterConfig, adapt, adapter_folders, attach
     from luthier.model.load import load_model
+    from luthier.model.pissa import is_pissa
     from luthier.model.quantise import QuantConfig
 
     bits = config.ref_model_quantization_bit
@@ -49,6 +50,11 @@ def make_reference(config: ReferenceConfig, setup: PolicySetup, model_config: Mo
             if vars(config)[key]:
                 raise ConfigError(f"{key} needs ref_model, the model it is about.")
         if isinstance(setup.model, PeftModel):
+            if is_pissa(setup.model.active_peft_config):
+                raise ConfigError(
+                    "ref_model: a PiSSA adapter takes the model apart, so that switching it off does not give back the "
+                    "model before training. Name that model in ref_model."
+                )
             return AdapterOff(setup)
         # Hooks and the head belong to the policy alone.
         with setup.detached():
