@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +51,22 @@ def fit(run: Run) -> Result:
     import transformers
 
     from luthier.model.adapt import adapt, count_parameters, sidecars
-    from luthier.train import config, report, resume
+    from luthier.train import config, report, resume, sharding
+    from luthier.train.rows import confirm
 
     logging.quiet_libraries()
     if run.train.plot_loss:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
     one_device_each(args)
+    device = sharding.join(args, trains_backbone=run.objective.trains_backbone)
+    sharded = sharding.splits(args)
     going_on, args = _resume_from(run, args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
     transformers.set_seed(args.seed)
 
     tokenizer, data = load_data(run, seed=args.seed)
-    model = load_base(run, tokenizer, dtype=weights(run, args), device=args.device, seed=args.seed)
+    model = load_base(run, tokenizer, dtype=weights(run, args), device=device, seed=args.seed, sharded=sharded)
     model = adapt(
         model,
         run.adapter,
@@ -73,6 +77,8 @@ def fit(run: Run) -> Result:
         upcast=not in_half(run),
     )
     setup = make_policy(run, model, args)
+    if sharded:
+        sharding.settle(setup.reference, args)
     log.info("%s", count_parameters(model))
 
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
@@ -85,6 +91,7 @@ def fit(run: Run) -> Result:
         tokenizer,
         batch_size=args.per_device_train_batch_size,
         noisy=bool(args.neftune_noise_alpha),
+        late=sharded,
     )
     evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
     train, collator = laid_out.train, laid_out.collator
@@ -114,6 +121,8 @@ def fit(run: Run) -> Result:
         data_collator=collator,
         callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
     )
+    if sharded and run.train.verify_layout:
+        trainer.add_callback(sharding.Late(partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device)))
     if run.reference.precompute_reference and setup.reference is not None:
         _precompute(run, trainer)
     metrics = _train(run, trainer, None if going_on is None else str(going_on))
@@ -244,10 +253,11 @@ def _config_writer(run: Run) -> Callable[[Path], None]:
     name = run.source.path.name if run.source.path is not None else "config.yaml"
     # A user's file may itself be called resolved_config.yaml when a run is repeated from it.
     resolved = "resolved_config.yaml" if name != "resolved_config.yaml" else "resolved_config.again.yaml"
+    text = run.to_yaml()
 
     def write(folder: Path) -> None:
         (folder / name).write_text(run.source.text, encoding="utf-8")
-        (folder / resolved).write_text(run.to_yaml(), encoding="utf-8")
+        (folder / resolved).write_text(text, encoding="utf-8")
 
     return write
 

@@ -64,9 +64,19 @@ def batches_for(objective: Objective, items, layout: str = "padded") -> Batch:
 
 
 def trainer_for(
-    name: str, folder, *, items=None, layout="shared", batch=2, accumulate=1, dtype=torch.float64, lr=0.1, **extra
+    name: str,
+    folder,
+    *,
+    items=None,
+    layout="shared",
+    batch=2,
+    accumulate=1,
+    dtype=torch.float64,
+    lr=0.1,
+    own=None,
+    **extra,
 ) -> Trainer:
-    """A Trainer with plain SGD on a tiny Llama."""
+    """A Trainer with plain SGD on a tiny Llama. own: what our Trainer takes beyond transformers' arguments."""
     objective = objective_of(name)
     items = items_for(objective, 12) if items is None else items
     setup = setup_for(objective, build_model("llama", dtype=dtype))
@@ -95,6 +105,7 @@ def trainer_for(
         train_dataset=Bundles(items, complete=objective.complete),
         eval_dataset=Bundles(items, complete=objective.complete),
         data_collator=Collator(collate, layout=layout, pad_id=3, columns=[c.name for c in objective.columns]),
+        **(own or {}),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

@@ -1,0 +1,160 @@
+"""Runs that are killed at a chosen event, in forks of this process: imports are paid once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from luthier.core import manifest
+from luthier.fit import fit
+from luthier.run import resolve
+from luthier.train import checkpoint, saving
+from luthier.train.runlog import RunLog
+from luthier.train.trainer import Trainer
+
+PATIENCE = 120
+"""Seconds after which a child that hangs is ended."""
+
+EVENTS = [
+    (torch.optim.AdamW, "step"),
+    (torch, "save"),
+    (safetensors.torch, "save_file"),
+    (transformers.TrainerState, "save_to_json"),
+    (Trainer, "training_step"),
+    (Trainer, "log"),
+    (Trainer, "ask"),
+    (Trainer, "evaluation_loop"),
+    (Trainer, "_save_checkpoint"),
+    (Trainer, "_stage"),
+    (Trainer, "_save_weights"),
+    (Trainer, "_pick_up"),
+    (Trainer, "save_final"),
+    (RunLog, "__init__"),
+    (RunLog, "append"),
+    (manifest, "seal"),
+    (manifest, "flush"),
+    (checkpoint, "publish"),
+    (checkpoint, "publish_into"),
+    (checkpoint, "rotate"),
+    (checkpoint, "last_whole"),
+    (checkpoint, "sweep"),
+    (saving, "snapshot"),
+    (Path, "rename"),
+    (Path, "write_text"),
+    (os, "replace"),
+    (shutil, "rmtree"),
+]
+"""Calls before and after which a process may die: everything that changes the disk or the model."""
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a fork; its exit code, negative for the signal that ended it."""
+    gc.collect()
+    gc.freeze()
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        gc.unfreeze()
+        return os.waitstatus_to_exitcode(status)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(PATIENCE)
+    code = 1
+    try:
+        sys.stderr = open(os.devnull, "w")
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+    finally:
+        os._exit(code)
+
+
+def straight(keys: Mapping[str, object]) -> int:
+    """Run it in this process, to its end; returns how many events there were. Children find everything imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = _watch(patch, die_at=-1)
+        fit(resolve(dict(keys)))
+        return seen[0]
+
+
+def train(keys: Mapping[str, object], *, die_at: int = -1) -> int:
+    """`luthier train` in a child that dies by SIGKILL at event `die_at`; -9 if it did, 0 if it came to its end."""
+    run = resolve(dict(keys))
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            _watch(patch, die_at)
+            fit(run)
+
+    return in_child(work)
+
+
+def _watch(patch: pytest.MonkeyPatch, die_at: int) -> list[int]:
+    seen = [0]
+
+    def event() -> None:
+        seen[0] += 1
+        if seen[0] == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapped(function):
+        def call(*args, **kwargs):
+            event()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                event()
+
+        return call
+
+    for owner, name in EVENTS:
+        patch.setattr(owner, name, wrapped(getattr(owner, name)))
+    return seen
+
+
+MOVING = {"elapsed_time", "remaining_time", "throughput", "tokens_per_second", "train_runtime"}
+MOVING |= {f"{kind}_{what}" for kind in ("train", "eval") for what in ("runtime", "samples_per_second")}
+MOVING |= {"train_steps_per_second", "eval_steps_per_second"}
+"""What says how fast it went."""
+
+
+def left_behind(folder: Path) -> dict[str, object]:
+    """All that must be the same after two runs, by name: bytes of weights and states, numbers of logs."""
+    found: dict[str, object] = {}
+    for where in (folder, *checkpoint.complete(folder)):
+        for file in sorted(where.iterdir()):
+            if file.suffix in (".safetensors", ".pt", ".pth") or file.name.startswith("loop_state"):
+                found[str(file.relative_to(folder))] = file.read_bytes()
+        if (where / "trainer_state.json").exists():
+            state = json.loads((where / "trainer_state.json").read_text())
+            found[f"{where.name if where != folder else ''}/log_history"] = [
+                still(line) for line in state["log_history"]
+            ]
+            found[f"{where.name if where != folder else ''}/best"] = state["best_metric"]
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    found["log"] = [still(json.loads(line)) for line in lines]
+    found["results"] = still(json.loads((folder / "train_results.json").read_text()))
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    return found
+
+
+def still(line: Mapping[str, object]) -> dict[str, object]:
+    """A line of a log without what says how fast it went."""
+    return {key: value for key, value in line.items() if key not in MOVING}
+
+
+def differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    """What is not the same in both."""
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
