@@ -42,10 +42,18 @@ class Memory:
         return f"about {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate(model: nn.Module, *, tokens: int, element: int, checkpointing: bool, optimizer_states: int = 2) -> Memory:
+def estimate(
+    model: nn.Module,
+    *,
+    tokens: int,
+    element: int,
+    checkpointing: bool,
+    optimizer_states: int = 2,
+    bits: int | None = None,
+) -> Memory:
     """What a micro-batch of `tokens` tokens needs. element: bytes of a computed number (2 for bf16, 4 for float32).
 
-    model: may live on the meta device. A rough figure for planning: within about a third for Llama-like models.
+    bits: of the frozen linear weights, where they are quantised. model: may live on the meta device. A rough figure for planning: within about a third for Llama-like models.
     """
     from luthier.model.policy import CHUNK_ELEMENTS
 
@@ -56,13 +64,28 @@ def estimate(model: nn.Module, *, tokens: int, element: int, checkpointing: bool
     kept = tokens * config.num_hidden_layers * config.hidden_size * per_unit * element
     one_layer = tokens * config.hidden_size * ACTIVATIONS_PER_UNIT * element if checkpointing else 0
     return Memory(
-        weights=sum(p.numel() * p.element_size() for p in parameters),
+        weights=sum(p.numel() * p.element_size() for p in parameters) - _spared(model, bits),
         gradients=trainable * 4,
         optimizer=trainable * 4 * optimizer_states,
         activations=kept + one_layer,
         # The logits of one chunk, their softmax and their gradient, in float32.
         logits=min(tokens * config.vocab_size, CHUNK_ELEMENTS) * 4 * 3,
     )
+
+
+def _spared(model: nn.Module, bits: int | None) -> int:
+    """Bytes that quantising the frozen linear layers saves; scales of blocks take about half a bit a weight."""
+    from torch import nn
+
+    if bits is None:
+        return 0
+    head = model.get_output_embeddings()
+    frozen = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    }
+    return int(sum(weight.numel() * (weight.element_size() - (bits + 0.5) / 8) for weight in frozen.values()))
 
 
 def skeleton(run: Run) -> nn.Module:
@@ -87,23 +110,35 @@ def skeleton(run: Run) -> nn.Module:
 def check(run: Run) -> list[str]:
     """The findings, one line each; raises a LuthierError for what would stop the run."""
     from luthier.data.compare import compare
+    from luthier.assemble import choose_optimiser
     from luthier.model.adapt import count_parameters
+    from luthier.model.load import read_settings
+    from luthier.model.quantise import loading
     from luthier.model.tokenizer import load_tokenizer
     from luthier.preview import prepare_data
     from luthier.train.config import training_arguments
     from luthier.train.rows import bundle, choose
 
     args = training_arguments(run.training, run.train)
+    choose_optimiser(run, args)
+    loading(run.quant, read_settings(run.model), None, sharded=False)
     _, prepared = prepare_data(run, run.data)
     examples = prepared.train if prepared.stream is None else prepared.stream.sample()
     wish = run.layout.packing
     packing = (run.objective.packs if wish is None else wish) or run.layout.neat_packing
     rows = bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len)
-    choice = choose(rows, run.layout.layout, args.per_device_train_batch_size, noisy=bool(args.neftune_noise_alpha))
+    layout = "padded" if run.model.moe_aux_loss_coef else run.layout.layout
+    choice = choose(rows, layout, args.per_device_train_batch_size, noisy=bool(args.neftune_noise_alpha))
     tokens = _largest_micro_batch(rows, choice.layout, args.per_device_train_batch_size)
     model = skeleton(run)
     half = args.bf16 or args.fp16 or run.train.pure_bf16
-    memory = estimate(model, tokens=tokens, element=2 if half else 4, checkpointing=_checkpointing(args))
+    memory = estimate(
+        model,
+        tokens=tokens,
+        element=2 if half else 4,
+        checkpointing=_checkpointing(args),
+        bits=run.quant.quantization_bit,
+    )
     micro = -(-len(rows) // (args.per_device_train_batch_size * args.world_size))
     steps = -(-micro // args.gradient_accumulation_steps)
     saved = choice.padded_tokens / max(_computed(choice), 1)
