@@ -83,6 +83,12 @@ def test_the_first_layers_are_the_models_own():
     assert (model.config.num_hidden_layers, len(model.model.layers)) == (2, 2)
 
 
+def test_the_first_layers_say_what_they_are():
+    model = lively("qwen3")
+    assert first_layers(model, 1).config.layer_types == ["full_attention"]
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+
+
 @pytest.mark.parametrize("count", [0, 2, 7])
 def test_a_wrong_number_of_layers_is_refused(count):
     with pytest.raises(ConfigError, match=f"draft_layers: {count} .*2 layers"):

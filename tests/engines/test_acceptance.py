@@ -90,9 +90,12 @@ def test_what_saw_both_ways_is_not_remembered():
     """The text may go on with the very tokens of the last suffix, separator first."""
     target, context, draft, verifier = Target(lively("qwen3")), [30, 31, 32], [40, 41], [50, 51, 52]
     judge = AcceptJudge(strict_head(), facts("hybrid"), threshold=0.5, scorer=target)
-    judge.probabilities(context, draft, verifier, Pass(torch.zeros(0), torch.zeros(0)))
+    nothing = Pass(torch.zeros(0), torch.zeros(0))
+    first = judge.probabilities(context, draft, verifier, nothing)
     longer = [*context, SEP, *draft, SEP]
     torch.testing.assert_close(target.verify(longer, [50]).logits, Target(lively("qwen3")).verify(longer, [50]).logits)
+    # Nor is what was seen one way taken for what sees both ways.
+    assert judge.probabilities(context, draft, verifier, nothing) == pytest.approx(first, abs=1e-9)
 
 
 def test_eager_attention_gets_the_hybrid_mask_too():

@@ -91,9 +91,11 @@ def test_without_a_judge_it_is_plain_greedy_decoding(kind, drafter, penalty):
 def test_a_threshold_above_one_is_plain_greedy_decoding(kind, layout):
     model = lively(kind)
     target = Target(model)
-    speculator = Speculator(target, Stranger(), judge_for(layout, target, 1.01))
+    judge = judge_for(layout, target, 1.01, frozen=layout == "judge")
+    speculator = Speculator(target, Stranger(), judge)
     for prompt in PROMPTS:
         assert answer(speculator, prompt, 14)[0] == generated(model, prompt, 14)
+    assert judge.scorer is None or judge.scorer.passes == 0, "what cannot be kept is not judged"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -120,7 +120,6 @@ class Speculator:
             clock.append(time.perf_counter())
             kept = next((i for i, fine in enumerate(good) if not fine), len(good))
             committed = until_stop([*draft[:kept], verifier[kept]], stops)
-            kept = min(kept, len(committed))
             answer += committed
             room = 0 if committed[-1] in stops else room - len(committed)
             spent = tuple(after - before for before, after in zip(clock, clock[1:]))
