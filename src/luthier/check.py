@@ -53,7 +53,8 @@ def estimate(
 ) -> Memory:
     """What a micro-batch of `tokens` tokens needs. element: bytes of a computed number (2 for bf16, 4 for float32).
 
-    bits: of the frozen linear weights, where they are quantised. model: may live on the meta device. A rough figure for planning: within about a third for Llama-like models.
+    bits: of the frozen linear weights, where they are quantised. model: may live on the meta device. A rough figure
+    for planning: within about a third for Llama-like models.
     """
     from luthier.model.policy import CHUNK_ELEMENTS
 
@@ -109,8 +110,8 @@ def skeleton(run: Run) -> nn.Module:
 
 def check(run: Run) -> list[str]:
     """The findings, one line each; raises a LuthierError for what would stop the run."""
-    from luthier.data.compare import compare
     from luthier.assemble import choose_optimiser
+    from luthier.data.compare import compare
     from luthier.model.adapt import count_parameters
     from luthier.model.load import read_settings
     from luthier.model.quantise import loading
