@@ -88,6 +88,22 @@ def test_saved_after_three_steps_it_goes_on_to_the_last_bit(name):
     assert moved(again, kept)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "badam"])
+def test_every_trained_weight_is_in_one_group_and_shared_ones_once(name):
+    model = build_model("llama", tie_word_embeddings=True)
+    model.model.layers[0].requires_grad_(False)
+    optimizer = made(name, model)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(held) == len(wanted) and {id(p) for p in held} == {id(p) for p in wanted}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    undecayed = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert undecayed == {name for name, parameter in model.named_parameters() if "norm" in name} - {
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    }
+
+
 def adapted(**keys):
     model = build_model("llama")
     config = lora.Config(lora_target="q_proj,embed_tokens", **keys)
