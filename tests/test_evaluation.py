@@ -173,8 +173,9 @@ def test_as_it_is_before_training(shop, trained):
             logp = model(torch.tensor([[*ids, *answer]])).logits[0].log_softmax(-1)
         losses += [-float(logp[len(ids) - 1 + i, token]) for i, token in enumerate(answer)]
     assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    # The rows that are named took the place of those that were held out, and all of them.
-    assert main(["eval", str(shop / "sft-lora"), "--output", str(shop / "named"), "eval_dataset=other.jsonl"]) == 0
+    # The rows that are named took the place of those that were held out; the rest of the data need not even be there.
+    elsewhere = ["eval_dataset=other.jsonl", "dataset=gone.jsonl"]
+    assert main(["eval", str(shop / "sft-lora"), "--output", str(shop / "named"), *elsewhere]) == 0
     assert results(shop / "named")["eval_loss"] < found["eval_loss"]
 
 
