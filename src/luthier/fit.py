@@ -59,9 +59,9 @@ def fit(run: Run) -> Result:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
     one_device_each(args)
+    going_on, args = _resume_from(run, args)
     device = sharding.join(args, trains_backbone=run.objective.trains_backbone)
     sharded = sharding.splits(args)
-    going_on, args = _resume_from(run, args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
     transformers.set_seed(args.seed)
 
@@ -122,7 +122,9 @@ def fit(run: Run) -> Result:
         callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
     )
     if sharded and run.train.verify_layout:
-        trainer.add_callback(sharding.Late(partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device)))
+        trainer.add_callback(
+            sharding.Late(partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device))
+        )
     if run.reference.precompute_reference and setup.reference is not None:
         _precompute(run, trainer)
     metrics = _train(run, trainer, None if going_on is None else str(going_on))

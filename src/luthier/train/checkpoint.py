@@ -177,6 +177,8 @@ def in_words(error: BaseException | str, what: str, folder: Path) -> str:
     """Why `what` could not be written to `folder`, and what is there now."""
     last = complete(folder)
     kept = f"The last complete checkpoint is {last[-1]}." if last else "There is no earlier checkpoint."
+    if isinstance(error, RuntimeError):
+        error = f"a file could not be written to its end ({error})"
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return f"Could not write {what} to {folder}: {error}. {free / 2**20:,.0f} MiB are free there. {kept}"
 
