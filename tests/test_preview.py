@@ -325,3 +325,12 @@ def test_the_legend_names_what_is_drawn():
     look = preview_view.Look(TOKENIZER, plain=True, column="score")
     text = preview_view.legend(look)
     assert isinstance(text, Text) and all(word in text.plain for word in ("[[trained]]", "0.5", "read only", "score"))
+
+
+def test_a_streamed_set_is_shown_from_its_beginning(model_folder, tmp_path, capsys):
+    file = write(tmp_path, "a.jsonl", [{"instruction": f"q{i}", "output": "a"} for i in range(5)])
+    words = [f"dataset={file}", "streaming=true", "max_steps=3", "buffer_size=7", "--format", "jsonl", "--rows", "2"]
+    assert preview(model_folder, tmp_path, *words) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["row"] for line in captured.out.splitlines()] == [0, 1]
+    assert "buffer_size" not in captured.err
