@@ -43,7 +43,8 @@ def rows_of(run: Run, count: int | None) -> tuple[Any, Prepared, Iterator[tuple[
     Rows are numbered from 0 in the order of the data; a row that had to be cut into several examples comes several
     times. Nothing is shuffled or split off; examples are as the stage trains them.
     """
-    data = dataclasses.replace(run.data, val_size=0.0, eval_dataset=None, streaming=False)
+    whole = {"val_size": 0.0, "eval_dataset": None, "streaming": False, "buffer_size": type(run.data).buffer_size}
+    data = dataclasses.replace(run.data, **whole)
     if count is not None:
         fewest = count if data.max_samples is None else min(count, data.max_samples)
         data = dataclasses.replace(data, max_samples=fewest, tokenized_path=None)
