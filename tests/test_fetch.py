@@ -258,3 +258,5 @@ def test_loading_understands_the_manifest_of_a_fetched_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weight")
     with pytest.raises(ModelError, match="model.safetensors has 6 bytes instead of 7"):
         check_weights("model_name_or_path", tmp_path)
+    (tmp_path / "manifest.json").write_text('{"files": {"model.safetensors": {"bytes": 7}}}')
+    check_weights("model_name_or_path", tmp_path)

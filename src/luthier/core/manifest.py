@@ -41,7 +41,12 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise ValueError("it lists no files")
-    return found
+    # Other tools write files of this name too.
+    return found if all(_is_ours(facts) for facts in found["files"].values()) else None
+
+
+def _is_ours(facts: Any) -> bool:
+    return isinstance(facts, dict) and {"size", "sha256"} <= set(facts)
 
 
 def damage(folder: str | Path, *, weights_only: bool = False, contents: bool = True) -> str | None:
