@@ -105,6 +105,36 @@ def test_adapters_learn_on_top_and_the_base_stands_still(folder, bits, kind, key
     assert all(f"{kind}_" in name for name in moved)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_look_in_evaluation_mode_does_not_cost_the_gradients(folder, bits):
+    """The first batch is checked in evaluation mode. On some CPUs bitsandbytes then repacks 4-bit weights for a kernel
+    that has no backward pass; the gradients of a model with the same weights in float32 tell."""
+    import bitsandbytes
+
+    here = ModelConfig(model_name_or_path=str(folder))
+    few, whole = loaded(folder, quantization_bit=bits), load_model(here, dtype=torch.float32)
+    for name, module in few.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            exact = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif type(module).__name__ == "Linear8bitLt":
+            exact = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        whole.get_submodule(name).weight.data.copy_(exact)
+    found = []
+    for base in (few, whole):
+        model = adapt(base, AdapterConfig(), lora.Config(), model_config=here, trainable=True)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        logits(model)
+        model.train()(IDS, labels=IDS).loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    tolerance = 1e-4 if bits == 4 else 0.05  # 8 bits round what goes in, too
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).norm() < tolerance * gradient.norm(), name
+
+
 def test_for_inference_the_adapter_stays_on_top(folder, tmp_path):
     here = ModelConfig(model_name_or_path=str(folder))
     model = adapt(loaded(folder, quantization_bit=4), AdapterConfig(), lora.Config(), model_config=here, trainable=True)
@@ -115,7 +145,9 @@ def test_for_inference_the_adapter_stays_on_top(folder, tmp_path):
     wanted = logits(model)
     given = AdapterConfig(adapter_name_or_path=str(tmp_path))
     again = adapt(loaded(folder, quantization_bit=4), given, lora.Config(), model_config=here, trainable=False)
-    assert torch.equal(logits(again), wanted)
+    effect = (wanted - logits(loaded(folder, quantization_bit=4))).abs().max()
+    # Some CPUs answer by a faster kernel in bfloat16, which training does not use.
+    assert (logits(again) - wanted).abs().max() < 0.03 * effect
     assert not any(weight.requires_grad for weight in again.parameters()) and not again.training
 
 

@@ -15,7 +15,7 @@ from luthier.core.registry import find
 from luthier.model import pissa
 from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch
 from luthier.model.modules import as_names, embeddings, tied
-from luthier.model.quantise import quantised
+from luthier.model.quantise import prepare_training, quantised
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,6 +78,8 @@ def adapt(
     goes_on = bool(folders) and trainable and not config.create_new_adapter
     if quantised(model):
         _check_unmerged(folders, trains=config.finetuning_type, trainable=trainable, goes_on=goes_on)
+        if trainable:
+            prepare_training(model)
         if folders and not trainable:
             return attach(model, folders[0]).requires_grad_(False).eval()
     for folder in folders[: len(folders) - goes_on]:

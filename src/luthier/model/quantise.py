@@ -76,6 +76,14 @@ def quantised(model: PreTrainedModel) -> bool:
     return stored_as(model.config) is not None
 
 
+def prepare_training(model: PreTrainedModel) -> None:
+    """Let the method do to a quantised model what training on top of it needs: `for_training` of its file in quant/."""
+    name = stored_as(model.config)
+    prepares = vars(find("quant", name)).get("for_training") if name in names("quant") else None
+    if prepares is not None:
+        prepares(model)
+
+
 def loading(
     config: QuantConfig, settings: PretrainedConfig, dtype: torch.dtype | None, *, sharded: bool
 ) -> tuple[Any, str | None]:

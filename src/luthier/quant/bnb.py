@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from luthier.model.quantise import QuantConfig
 
@@ -38,3 +39,16 @@ def settings(config: QuantConfig, dtype: torch.dtype | None, *, sharded: bool) -
         bnb_4bit_use_double_quant=config.double_quantization,
         **formats,
     )
+
+
+def for_training(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are on a CPU.
+
+    Where the CPU has AVX-512 BF16, bitsandbytes repacks them at the first forward pass in evaluation mode, and the
+    kernel for repacked weights has no backward pass: gradients would end at every layer, and nobody would be told.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
