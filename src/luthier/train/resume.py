@@ -116,9 +116,9 @@ def _choose(args: TrainingArguments, asked: bool | str | None, overwrite: bool) 
     folder = Path(args.output_dir)
     if not args.do_train:
         return None
+    named = _named(asked) if isinstance(asked, str) else None
     checkpoint.sweep(folder)
     own = checkpoint.last_whole(folder)
-    named = _named(asked) if isinstance(asked, str) else None
     if own is not None and _since_launch(own):
         log.info("Going on from %s, which this run wrote before it was restarted.", own)
         return own
