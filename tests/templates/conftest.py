@@ -18,7 +18,8 @@ SPECIALS = (
     "<｜hy_place▁holder▁no▁2｜> <｜hy_place▁holder▁no▁3｜> <｜hy_place▁holder▁no▁8｜> <|startoftext|> <|extra_0|> "
     "<|extra_4|> <|eos|> <|User|> <|Assistant|> <|endofuser|> <|endofassistant|> <|endofsystem|> <|start|> "
     "<|message|> <|channel|> <|return|> <beginning_of_sentence> <end_of_sentence> ]~!b[ ]~b] [e~[ <|role_end|> "
-    "<|begin_of_sentence|> <|end_of_sentence|> <sep> <eod> ###"
+    "<|begin_of_sentence|> <|end_of_sentence|> <sep> <eod> ### "
+    "<reserved_102> <reserved_103> <reserved_106> <reserved_107> [|Human|]: [|AI|]: <eoa>"
 ).split()
 
 

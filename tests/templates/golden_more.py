@@ -146,6 +146,24 @@ MORE = {
     "telechat2": "<_system>S<_user>U1<_bot>[[A1</s>]]<_user>U2<_bot>[[A2</s>]]",
     "index": "<unk>Sreserved_0U1reserved_1[[A1]]reserved_0U2reserved_1[[A2]]",
     "yuan": "SU1<sep>[[A1<eod>\n]]U2<sep>[[A2<eod>\n]]",
+    # Names that LLaMA-Factory had once, or has since
+    "atom": "S<s>Human: U1\n</s><s>Assistant:[[A1\n</s>]]<s>Human: U2\n</s><s>Assistant:[[A2\n</s>]]",
+    "baichuan": "S<reserved_102>U1<reserved_103>[[A1]]<reserved_102>U2<reserved_103>[[A2]]",
+    "baichuan2": "S<reserved_106>U1<reserved_107>[[A1]]<reserved_106>U2<reserved_107>[[A2]]",
+    "belle": "<s>SHuman: U1\n\nBelle: [[A1</s>\n\n]]Human: U2\n\nBelle: [[A2</s>\n\n]]",
+    "bluelm": "S[|Human|]:U1[|AI|]:[[A1</s>]][|Human|]:U2[|AI|]:[[A2</s>]]",
+    "chatglm2": "[gMASK]sopS[Round 0]\n\n问：U1\n\n答：[[A1]][Round 1]\n\n问：U2\n\n答：[[A2]]",
+    "codegeex2": "[gMASK]sopSU1[[A1</s>]]U2[[A2</s>]]",
+    "codegeex4": "[gMASK]<sop><|system|>\nS<|user|>\nU1<|assistant|>\n[[A1]]<|user|>\nU2<|assistant|>\n[[A2]]",
+    "cpm": "<s>S<用户>U1<AI>[[A1</s>]]<用户>U2<AI>[[A2</s>]]",
+    "cpm3": "<s>" + _CHATML,
+    "gemma4n_nothink": _GEMMA4.replace("<|think|>", "").replace("<|channel>thought\n<channel|>", ""),
+    "intern": ("<s><|System|>:S\n<|User|>:U1\n<|Bot|>:[[A1<eoa>\n]]<|User|>:U2\n<|Bot|>:[[A2<eoa>\n]]"),
+    "marco": _CHATML,
+    "orion": "<s>SHuman: U1\n\nAssistant: </s>[[A1</s>]]Human: U2\n\nAssistant: </s>[[A2</s>]]",
+    "skywork_o1": _LLAMA3,
+    "telechat": "<_system>S<_end><_user>U1<_bot>[[A1</s>]]<_user>U2<_bot>[[A2</s>]]",
+    "xverse": "SHuman: U1\n\nAssistant: [[A1</s>]]Human: U2\n\nAssistant: [[A2</s>]]",
     # Plain words
     "llava": _VICUNA,
     "llava_next": _VICUNA,
@@ -250,6 +268,32 @@ MORE_PLAIN = {
         "answers. 这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
         "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。\n\n### Human: "
     ),
+    "codegeex4": (
+        "[gMASK]<sop><|system|>\n你是一位智能编程助手，你叫CodeGeeX。你会为用户回答关于编程、代码、计算机方面的任何问题，"
+        "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。<|user|>\n"
+    ),
+    "intern": (
+        "<s><|System|>:You are an AI assistant whose name is InternLM (书生·浦语).\n"
+        "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+        "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n- InternLM (书生·浦语) can "
+        "understand and communicate fluently in the language chosen by the user such as English and 中文.\n<|User|>:"
+    ),
+    "marco": (
+        "<|im_start|>system\n你是一个经过良好训练的AI助手，你的名字是Marco-o1.由阿里国际数字商业集团的AI Business创造."
+        "\n## 重要！！！！！\n当你回答问题时，你的思考应该在<Thought>内完成，<Output>内输出你的结果。\n"
+        "<Thought>应该尽可能是英文，"
+        "但是有2个特例，一个是对原文中的引用，另一个是是数学应该使用markdown格式，<Output>内的输出需要遵循用户输入的语言。\n"
+        "<|im_end|>\n<|im_start|>user\n"
+    ),
+    "skywork_o1": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\n"
+        "You are Skywork-o1, a thinking model developed by Skywork AI, specializing in solving complex problems "
+        "involving mathematics, coding, and logical reasoning through deep "
+        "thought. When faced with a user's request, you first engage in a lengthy and in-depth thinking process to "
+        "explore possible solutions to the problem. After completing your thoughts, you then provide a detailed "
+        "explanation of the solution process in your response.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    ),
+    "gemma4n_nothink": "<s><|turn>user\n",
     "bailing": "<role>HUMAN</role>",
     "breeze": "<s>[INST] ",
     "hunyuan": "<|startoftext|>",
@@ -285,18 +329,19 @@ OWN_ENDS = {"bailing_v2": "<|role_end|>", "dots_ocr": "<|endofassistant|>"}
 
 MORE_EFFICIENT = set(
     "aeva bailing bailing_v2 breeze dots_ocr glm4_5v glm4_7 glm4_moe glm4v glm_ocr gpt_oss hy_dense_1_8b hy_dense_7b "
-    "index yi_vl".split()
+    "index yi_vl baichuan baichuan2 chatglm2 codegeex4".split()
 )
 
 MORE_TERMINATORS = {
     "<|im_end|>": (
         "dbrx ernie intern_vl keye_vl kimi_vl lfm2 lfm2_vl llava_next_qwen llava_next_video_yi llava_next_yi mimo_v2 "
         "mimo_vl minicpm_o minicpm_v minicpm_v_4_6 moss_vl qwen2_audio qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink "
-        "qwen3_6 qwen3_omni qwen3_omni_nothink qwen3_vl qwen3_vl_nothink"
+        "qwen3_6 qwen3_omni qwen3_omni_nothink qwen3_vl qwen3_vl_nothink cpm3 marco"
     ).split(),
     "<end_of_turn>": ["paligemma_chat"],
-    "<turn|>": ["gemma4", "gemma4n"],
-    "<|eot_id|>": ["llava_next_llama3", "mllama"],
+    "<turn|>": ["gemma4", "gemma4n", "gemma4n_nothink"],
+    "<eoa>": ["intern"],
+    "<|eot_id|>": ["llava_next_llama3", "mllama", "skywork_o1"],
     "<|end|>": ["phi4_mini", "phi_small", "starchat"],
     "<|end_of_text|>": ["granite4", "youtu", "youtu_vl"],
     "<|end_of_sentence|>": ["ernie_nothink", "ernie_vl"],
@@ -308,7 +353,8 @@ MORE_TERMINATORS = {
     "<eod>": ["yuan"],
     "</s>": (
         "granite3_vision llava llava_next llava_next_mistral llava_next_video llava_next_video_mistral ministral3 "
-        "openchat-3.6 paligemma pixtral seed_oss telechat2 video_llava xuanyuan"
+        "openchat-3.6 paligemma pixtral seed_oss telechat2 video_llava xuanyuan atom belle bluelm codegeex2 cpm orion "
+        "telechat xverse"
     ).split(),
 }
 

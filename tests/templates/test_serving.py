@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import TemplateError
@@ -60,9 +61,12 @@ def bind(tok, name, **keys):
     return make_renderer(TemplateConfig(template=name, **keys), tok)
 
 
-@pytest.mark.parametrize("preserve", [False, True])
-@pytest.mark.parametrize("thinking", [True, False, None])
-@pytest.mark.parametrize("name", SHAPES)
+WAYS = [(name, True, False) for name in SHAPES if name not in REASONING] + [
+    (name, thinking, preserve) for name in REASONING for thinking in (True, False, None) for preserve in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "thinking", "preserve"), WAYS)
 def test_the_prompt_of_a_chat_is_that_of_the_row(name, thinking, preserve, tok):
     renderer = bind(tok, name, enable_thinking=thinking, preserve_thinking=preserve)
     # null trains what it finds: a turn that thinks as `true` would ask for it, a turn that does not as null asks.
@@ -173,11 +177,47 @@ class TestOrders:
         with pytest.raises(TemplateError, match=why):
             self.text(tok, name, roles)
 
+    @pytest.mark.parametrize("name", ["chatml", "llama3", "seed_coder", "chatglm3", "deepseek3", "phi4"])
+    @pytest.mark.parametrize("roles", ["uua", "aua", "uaa", "uasua", "uoua"])
+    def test_the_chat_template_that_is_saved_writes_the_same(self, tok, name, roles):
+        written = self.text(tok, name, roles).replace("[[", "").replace("]]", "")
+        words = self.ROLES | {"o": "tool"}
+        talk = [{"role": words[role], "content": f"T{nth}"} for nth, role in enumerate(roles)]
+        assert tok.apply_chat_template(talk, tokenize=False) == written
+
     def test_the_prompt_of_a_chat_that_begins_with_the_model(self, tok):
         renderer = make_renderer(TemplateConfig(template="chatml"), tok)
         talk = [Message("assistant", "Hello."), Message("user", "U"), Message("assistant", "A")]
         pairs = renderer.pairs(talk)
         assert renderer.prompt(talk[:2]) == pairs[0][0] + pairs[0][1] + pairs[1][0]
+
+
+def examples(count):
+    return settings(max_examples=count, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if find_template(name).opening is not None])
+def test_any_order_is_written_whole_or_refused(name, tok):
+    renderer = bind(tok, name, default_system="")
+
+    @examples(6)
+    @given(st.lists(st.sampled_from(["user", "assistant", "observation", "system"]), min_size=1, max_size=7))
+    def check(roles):
+        talk = [Message(role, f"T{nth}.") for nth, role in enumerate([*roles, "assistant"])]
+        try:
+            pairs = renderer.pairs(talk)
+        except TemplateError:
+            assert roles[0] == "system" or ("system" in roles and find_template(name).fuse_system)
+            return
+        said = [message.content for message in talk if message.role == "assistant"]
+        assert len(pairs) == len(said)
+        text = "".join(tok.decode(part) for pair in pairs for part in pair)
+        places = [text.index(message.content) for message in talk]
+        assert places == sorted(places)
+        for (_, response), content in zip(pairs, said):
+            assert re.findall(r"T\d\.", tok.decode(response)) == [content]
+
+    check()
 
 
 PIECES = st.text(
@@ -186,26 +226,31 @@ PIECES = st.text(
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(question=PIECES, answer=PIECES)
-def test_no_token_belongs_to_two_slots(name, question, answer, tok):
+def test_no_token_belongs_to_two_slots(name, tok):
     """Each string of a slot is tokenised on its own, so ids are those of the pieces, whatever stands beside them."""
     from luthier.data.template import BOS, EOS, Token
 
     template = find_template(name)
-    renderer = make_renderer(TemplateConfig(template=name, enable_thinking=None, default_system=""), tok)
-    [(source, response)] = renderer.pairs((Message("user", question), Message("assistant", answer)))
+    renderer = bind(tok, name, enable_thinking=None, default_system="")
     ids = {BOS: tok.bos_token_id, EOS: tok.eos_token_id}
+    empty = "".join(template.thought_words) if template.empty_thought is None else template.empty_thought
+
+    def encode(text):
+        return tok.encode(text, add_special_tokens=False)
 
     def pieces(part, content):
         for slot in template.slots(part):
             if isinstance(slot, str):
-                yield from tok.encode(slot.replace("{{content}}", content), add_special_tokens=False)
+                yield from encode(slot.replace("{{idx}}", "0").replace("{{content}}", content))
             else:
                 yield tok.convert_tokens_to_ids(slot.text) if isinstance(slot, Token) else ids[slot]
 
-    thinks = template.reasoning and not any(word.strip() in answer for word in template.thought_words)
-    empty = "".join(template.thought_words) if template.empty_thought is None else template.empty_thought
-    thought = tok.encode(empty, add_special_tokens=False) if thinks else []
-    assert source == [*pieces("prefix", ""), *pieces("user", question), *thought]
-    assert response == list(pieces("assistant", answer))
+    @examples(5)
+    @given(question=PIECES, answer=PIECES)
+    def check(question, answer):
+        [(source, response)] = renderer.pairs((Message("user", question), Message("assistant", answer)))
+        thinks = template.reasoning and not any(word.strip() in answer for word in template.thought_words)
+        assert source == [*pieces("prefix", ""), *pieces("user", question), *(encode(empty) if thinks else [])]
+        assert response == list(pieces("assistant", answer))
+
+    check()

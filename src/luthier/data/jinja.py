@@ -7,10 +7,11 @@ from typing import Any
 
 from luthier.core.log import get_logger
 from luthier.data.reasoning import Reasoning
-from luthier.data.template import BOS, EOS, Special, Template, Token
+from luthier.data.template import BOS, EOS, Parts, Special, Template, Token
 
 log = get_logger("data.jinja")
 
+_OTHERWISE = "{% elif m['role'] == 'system' %}"
 _PROBE = [{"role": role, "content": content} for role, content in (("user", "ping"), ("assistant", "pong"))]
 
 
@@ -18,13 +19,15 @@ def to_jinja(template: Template, tokenizer: Any, reasoning: Reasoning | None) ->
     """The template for system, user, assistant and tool messages; definitions and calls of tools it cannot write."""
     values = {BOS: tokenizer.bos_token or "", EOS: tokenizer.eos_token or ""}
 
-    def write(part: str, content: str) -> str:
-        return _expression(template.slots(part), values, content)
+    def write(slots: Parts, content: str) -> str:
+        return _expression(slots, values, content)
 
-    prefix, system = write("prefix", ""), write("system", "system")
-    user, assistant, tool = write("user", "content"), write("assistant", "content"), write("observation", "content")
+    prefix, system = write(template.slots("prefix"), ""), write(template.slots("system"), "system")
+    assistant, opening = write(template.slots("assistant"), "content"), write(template.slots("opening"), "")
+    user, tool = (write(template.without_opening(role), "content") for role in ("user", "observation"))
     fused = f"{{% if loop.first and system %}}{{% set content = ({system}) + content %}}{{% endif %}}"
     apart = f"{{% if system %}}{{{{ {system} }}}}{{% endif %}}"
+    between = f"{{{{ {write(template.slots('system'), 'content')} }}}}"
     asked = "" if reasoning is None or reasoning.trains_empty else reasoning.empty
     return (
         "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
@@ -33,10 +36,11 @@ def to_jinja(template: Template, tokenizer: Any, reasoning: Reasoning | None) ->
         f"{'' if template.fuse_system else apart}"
         "{% for m in turns %}{% set idx = loop.index0 // 2 %}{% set content = m['content'] %}"
         f"{{% if m['role'] == 'user' %}}{fused if template.fuse_system else ''}{{{{ {user} }}}}"
-        f"{{% elif m['role'] == 'assistant' %}}{{{{ {assistant} }}}}"
+        f"{{% elif m['role'] == 'assistant' %}}{{{{ {opening} }}}}{{{{ {assistant} }}}}"
         f"{{% elif m['role'] == 'tool' %}}{{{{ {tool} }}}}"
+        f"{'' if template.fuse_system else _OTHERWISE + between}"
         "{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {_quoted(asked)} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{{{ {_quoted(asked)} }}}}{{% endif %}}"
     )
 
 
@@ -67,7 +71,7 @@ def settle_chat_template(template: Template, tokenizer: Any, reasoning: Reasonin
         )
 
 
-def _expression(slots: tuple[str | Special | Token, ...], values: dict[Special, str], content: str) -> str:
+def _expression(slots: Parts, values: dict[Special, str], content: str) -> str:
     """Slots as a Jinja expression that joins strings."""
     names = {"{{content}}": content, "{{idx}}": "idx|string"}
     parts: list[str] = []

@@ -42,6 +42,16 @@ TEMPLATES = {
     "cpm4": replace(_WITH_TOOL_TURNS, prefix=(BOS,)),
     "falcon_h1": replace(_WITH_TOOL_TURNS, prefix=(BOS,), stop_words=("<|im_end|>", "<|end_of_text|>")),
     "opencoder": replace(_WITH_TOOL_TURNS, default_system="You are OpenCoder, created by OpenCoder Team."),
+    "marco": replace(
+        _WITH_TOOL_TURNS,
+        default_system=(
+            "你是一个经过良好训练的AI助手，你的名字是Marco-o1."
+            "由阿里国际数字商业集团的AI Business创造.\n## 重要！！！！！\n"
+            "当你回答问题时，你的思考应该在<Thought>内完成，<Output>内输出你的结果。\n"
+            "<Thought>应该尽可能是英文，但是有2个特例，一个是对原文中的引用，另一个是是数学应该使用markdown格式，"
+            "<Output>内的输出需要遵循用户输入的语言。\n"
+        ),
+    ),
     "minicpm_v": _MINICPM_V,
     "minicpm_v_4_6": _MINICPM_V,
     "minicpm_o": replace(

@@ -43,6 +43,9 @@ TEMPLATES = {
     "gemma3n": _GEMMA,
     "gemma4": _GEMMA4,
     "gemma4n": _GEMMA4,
+    "gemma4n_nothink": replace(
+        _GEMMA4, system="<|turn>system\n{{content}}<turn|>\n", default_system="", reasoning=False
+    ),
     "paligemma": Template(user="{{content}}\n", prefix=(BOS,), fuse_system=True),
     "paligemma_chat": replace(_GEMMA, system="{{content}}"),
 }

@@ -36,6 +36,17 @@ TEMPLATES = {
     "llama2_zh": replace(_LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
     "llama3": replace(_LLAMA3, document_end="<|end_of_text|>"),
     "mllama": _LLAMA3,
+    "skywork_o1": replace(
+        _LLAMA3,
+        replace_eos=False,
+        default_system=(
+            "You are Skywork-o1, a thinking model developed by Skywork AI, specializing in solving complex problems "
+            "involving mathematics, coding, and logical reasoning through deep thought. When faced with a user's "
+            "request, you first engage in a lengthy and in-depth thinking process to explore possible solutions to "
+            "the problem. After completing your thoughts, you then provide a detailed explanation of the solution "
+            "process in your response."
+        ),
+    ),
     "llava_next_llama3": _LLAMA3,
     "llama4": Template(
         user="<|header_start|>user<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",
