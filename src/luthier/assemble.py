@@ -50,7 +50,14 @@ def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
 
 
 def lay_out(
-    run: Run, examples: Bundles, setup: PolicySetup, tokenizer: Any, *, batch_size: int, noisy: bool = False
+    run: Run,
+    examples: Bundles,
+    setup: PolicySetup,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    noisy: bool = False,
+    late: bool = False,
 ) -> Rows:
     """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch."""
     from luthier.train import rows
@@ -63,14 +70,12 @@ def lay_out(
         pad_id=tokenizer.pad_token_id,
         columns=[column.name for column in run.objective.columns],
         noisy=noisy,
-        check=run.train.verify_layout,
+        check=run.train.verify_layout and not late,
     )
 
 
-def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0) -> Any:
-    """The model that the run's keys describe, before any adapter: quantised, stretched, grown, as they say."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-    from transformers.integrations.fsdp import is_fsdp_enabled
+def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0, sharded: bool = False) -> Any:
+    """The model that the run's keys describe, before any adapter: quantised, stretched, grown, as they say.
 
     from luthier.model.load import load_model
 
@@ -82,7 +87,7 @@ def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 
         seed=seed,
         quant=run.quant,
         length=run.layout.cutoff_len,
-        sharded=bool(run.training.get("fsdp")) or is_fsdp_enabled() or is_deepspeed_zero3_enabled(),
+        sharded=sharded,
     )
 
 
@@ -112,6 +117,8 @@ def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **part
         objective=run.objective,
         args=args,
         shuffle=not run.train.disable_shuffling,
+    sharded: FSDP or ZeRO-3 will cut its weights.
+    """
         accuracy=run.train.compute_accuracy,
         effective=run.train.include_effective_tokens_per_second,
         max_bad_rows=run.data.max_bad_rows,

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from luthier import ranks
 from luthier.core import log as logs
 from luthier.core.errors import ConfigError, LuthierError
 from luthier.core.kinds import is_true
+from luthier.train.resume import STARTED
 
 log = logs.get_logger("launch")
 
@@ -218,6 +220,7 @@ def _signals() -> list[str]:
 
 def _prepare(plan: Plan) -> None:
     """What the processes find in their environment, and how little torchrun says itself."""
+    os.environ[STARTED] = str(time.time())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     if not _devices():
         # torchrun would give each process one thread; on a CPU they share the cores.

@@ -52,3 +52,8 @@ def quiet_libraries() -> None:
 
     theirs.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    if int(os.environ.get("RANK", "0")) > 0:
+        # All processes would say the same.
+        theirs.set_verbosity_error()
+        warnings.simplefilter("ignore")

@@ -204,8 +204,9 @@ class ModelPolicy:
             masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
             if self._balances:
                 masks = _with_router(batch, plan, masks)
+            media = media_arguments(batch, plan, dtype)
             with setup.tap.opened() as tap:
-                output = self._model(input_ids=batch.ids, use_cache=False, **masks)
+                output = self._model(input_ids=batch.ids, use_cache=False, **masks, **media)
                 hidden = tap.hidden
             self._balance = output.aux_loss if self._balances else None
             assert hidden is not None, "the output head was not called"
@@ -251,6 +252,14 @@ class ModelPolicy:
         return logp, mean, hit
 
 
+def media_arguments(batch: Batch, plan: attention.Plan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model's processor made of the images, as its forward call takes it. Raises ModelError for rows that are
+    not padded: where an image stands in a row, and its positions, are the model's own affair."""
+    if batch.media and plan.kind != "plain":
+        raise ModelError(f"images need padded rows, and these are {batch.layout}. Set layout: padded.")
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.media.items()}
+
+
 def _with_router(batch: Batch, plan: attention.Plan, masks: dict[str, Any]) -> dict[str, Any]:
     """Forward arguments that make a mixture of experts return its load-balancing loss, padding left out.
 
@@ -264,7 +273,7 @@ def _with_router(batch: Batch, plan: attention.Plan, masks: dict[str, Any]) -> d
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)  # of the weights an engine may have left this process a part
 
 
 def shape_logits(config: Any, logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from luthier.core.batch import Batch
 from luthier.core.errors import ModelError, TrainingError
@@ -116,6 +117,21 @@ def lay_out(
 def _verdict(setup: PolicySetup, batch: Batch) -> Verdict:
     """What the check finds; a model that cannot even take the mask fails it, with its reason."""
     try:
+def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.device) -> None:
+    """The first-batch check for a model that an engine has spread; raises TrainingError where a layout fails it.
+
+    All processes take the same batch, since they compute together.
+    """
+    first = [rows.train[index] for index in range(min(batch_size, len(rows.train)))]
+    verdict = _verdict(setup, rows.collator(first)["batch"].to(device))
+    if not verdict.holds:
+        raise TrainingError(
+            f"{type(setup.model).__name__} does not honour the attention mask of {rows.layout} rows ({verdict}). Write "
+            "layout: padded, or verify_layout: false only if you know why."
+        )
+    log.info("first batch checked: %s rows agree to %.1e nats", rows.layout, verdict.difference)
+
+
         return verify(setup, batch)
     except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         if batch.layout == "padded":

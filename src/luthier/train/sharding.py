@@ -2,39 +2,99 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.kinds import is_true
 from luthier.core.log import get_logger
+from luthier.model.reference import FrozenModel
 
 log = get_logger("train")
 
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 
 
+def splits(args: transformers.TrainingArguments) -> bool:
+    """Whether an engine spreads weights, gradients or the optimiser's state of a run over its processes."""
+    return bool(args.deepspeed) or wants_fsdp(args)
+
+
+def wants_fsdp(args: transformers.TrainingArguments) -> bool:
+    """Asked for by a key, or by the configuration of `accelerate launch`."""
+    return bool(args.fsdp) or is_true(os.environ.get("ACCELERATE_USE_FSDP", ""))
+
+
+def join(args: transformers.TrainingArguments, *, trains_backbone: bool = True) -> torch.device:
+    """To be called before a model is loaded; returns the device it is loaded on. Raises ConfigError.
+
+    What an engine will spread is put together whole in main memory, where adapters, heads and references are made of
+    it like of any other model; the engine takes it from there part by part. DeepSpeed would else cut weights while they
+    are read (zero.Init), and nothing that looks at them before training would find any.
+    """
+    if not splits(args):
+        return args.device
+    name = "deepspeed" if args.deepspeed else "fsdp"
+    if not args.do_train:
+        raise ConfigError(f"{name} is for training, and do_train is false. Leave the key out to evaluate.")
+    if not trains_backbone:
+        raise ConfigError(f"{name}: a head on a frozen backbone is too small to be shared. Leave the key out.")
+    if args.deepspeed:
+        unset_hf_deepspeed_config()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if args.device.type == "cpu":
+            import deepspeed
+
+            # On a CPU transformers leaves DeepSpeed's channels closed.
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    return torch.device("cpu")
+
+
+def settle(reference: Any, args: transformers.TrainingArguments) -> None:
+    """Bring a reference model of its own to where batches are."""
+    if isinstance(reference, FrozenModel):
+        reference.own.model.to(args.device)
+        log.warning("The reference model is not sharded: every process holds all of it. With LoRA there is none.")
+
+
 class _Proof(transformers.TrainerCallback):
     """Says what sharding came to, and stops a run that asked for it and did not get it."""
 
+    def __init__(self, *, zero3: bool):
+        self._zero3 = zero3
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        whole, here = sizes(model)
+        whole, here = sizes(model, zero3=self._zero3)
         if whole == here:
             raise TrainingError(
-                "FSDP was asked for, but every process holds the whole model. Expected: transformers and accelerate "
+                "The model was to be sharded, but every process holds all of it. Expected: transformers and accelerate "
                 "as in pyproject.toml, and a model whose layers accelerate finds "
                 "(fsdp_config: transformer_layer_cls_to_wrap)."
             )
-        log.info("FSDP2: of %s parameters each of %d processes holds about %s.", f"{whole:,}", args.world_size,
-                 f"{here:,}")  # fmt: skip
+        text = "Sharded: each of %d processes holds about %s of %s parameters."
+        log.info(text, args.world_size, f"{here:,}", f"{whole:,}")
+
+
+class Late(transformers.TrainerCallback):
+    """Runs a check of the model when the engine has it, since before that it is not where batches are."""
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._check()
 
 
 class Sharding(transformers.Trainer):
@@ -43,7 +103,9 @@ class Sharding(transformers.Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers' own; then FSDP is switched on where accelerate passes it over, or refused with a reason."""
         super().create_accelerator_and_postprocess()
-        if not self._wants_fsdp:
+        if self.args.deepspeed:
+            set_hf_deepspeed_config(self.args.hf_deepspeed_config)
+        if not wants_fsdp(self.args):
             return
         state = self.accelerator.state
         if self.args.world_size == 1:
@@ -65,18 +127,27 @@ class Sharding(transformers.Trainer):
             )
 
     @property
-    def _wants_fsdp(self) -> bool:
-        return bool(self.args.fsdp) or is_true(os.environ.get("ACCELERATE_USE_FSDP", ""))
-
-    @property
     def sharded(self) -> bool:
         """Whether all ranks must take part in writing the weights."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    @property
+    def zero3(self) -> bool:
+        """Whether DeepSpeed cuts the weights themselves."""
+        return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+
     def prove_sharding(self) -> None:
-        """Check at the first step that FSDP holds parts of the model, not copies of it."""
-        if self.is_fsdp_enabled:
-            self.add_callback(_Proof())
+        """Check at the first step that processes hold parts of the model, not copies of it."""
+        if self.is_fsdp_enabled or self.zero3:
+            self.add_callback(_Proof(zero3=self.zero3))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.zero3:
+            import deepspeed
+
+            # Weight by weight, so that no device ever holds the whole.
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.args.hf_deepspeed_config.config)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' own; what a run ends with is whole also where its checkpoints are sharded."""
@@ -107,10 +178,11 @@ class Sharding(transformers.Trainer):
             model.generation_config.save_pretrained(str(folder))
 
 
-def sizes(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, and how many of them this process holds."""
+def sizes(model: nn.Module, *, zero3: bool = False) -> tuple[int, int]:
+    """Parameters of a model, and how many of them this process holds, as FSDP2 or ZeRO-3 has cut them."""
     whole = here = 0
     for parameter in model.parameters():
-        whole += parameter.numel()
-        here += (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+        whole += parameter.ds_numel if zero3 else parameter.numel()
+        held = parameter.ds_tensor if zero3 else parameter
+        here += (held.to_local() if isinstance(held, DTensor) else held).numel()
     return whole, here

@@ -42,6 +42,8 @@ class Trainer(Guarding):
         self.shuffle, self.accuracy, self.meter.effective = shuffle, accuracy, effective
         self.setup.autocast = self.accelerator.autocast
         self.setup.label_smoothing = self.args.label_smoothing_factor
+        # Counted now: an engine may leave this process a part of them.
+        self._parameters = sum(p.numel() for p in self.model.parameters())
         self._eval_totals: dict[int, dict[str, float]] = {}
 
     # Data: every rank asks for its own micro-batches, so accelerate must not shard them again.
@@ -161,10 +163,6 @@ class Trainer(Guarding):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 N T, the usual estimate: T tokens computed by N parameters, forward and backward."""
         return 6 * inputs["batch"].tokens * self._parameters
-
-    @property
-    def _parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
 
     # Evaluation is one big optimiser step without the optimiser: the same loss, the same exact means.
 
