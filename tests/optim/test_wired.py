@@ -60,18 +60,20 @@ def test_quantised_bases(folder, tmp_path, bits, kind):
         assert layer.weight.quant_state.quant_type == "fp4"
 
 
-def test_fsdp_over_a_four_bit_base(folder, monkeypatch, tmp_path):
-    """Weights in the format of the model, so that FSDP can flatten them. What only several GPUs show is not tested."""
+def test_fsdp_over_a_four_bit_base(folder, monkeypatch):
+    """The keys parse, and weights get the format of the model, so that FSDP can flatten them. What only several GPUs
+    show is not tested."""
     pytest.importorskip("bitsandbytes")
+    from luthier.assemble import load_base
+    from luthier.model.tokenizer import load_tokenizer
+
     monkeypatch.setattr(training, "has_accelerator", lambda: True)
     run = resolve(
         {"model_name_or_path": str(folder / "model"), "dataset": "d", "output_dir": "o", "quantization_bit": 4,
          "fsdp": "full_shard auto_wrap", "use_cpu": False}
     )  # fmt: skip
-    from luthier.assemble import load_base
-    from luthier.model.tokenizer import load_tokenizer
-
-    model = load_base(run, load_tokenizer(run.model), dtype=torch.bfloat16, device="cpu")
+    assert run.training["fsdp"]
+    model = load_base(run, load_tokenizer(run.model), dtype=torch.bfloat16, device="cpu", sharded=True)
     assert "Linear4bit" in kinds(model) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
