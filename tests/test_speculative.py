@@ -99,7 +99,8 @@ def test_the_users_threshold_wins(folder, tmp_path):
 @pytest.mark.parametrize("named", ["adapter_name_or_path", "output_dir", "accept_head"])
 def test_an_adapter_trained_with_the_head_judges_and_does_not_speak(folder, tmp_path, named, caplog):
     adapted = save_adapter(plain(folder), tmp_path, 1)
-    save_head(tmp_path, frozen=False)
+    # The judge layout too: the target's own states are not those that the head was trained on.
+    save_head(tmp_path, frozen=False, layout="judge" if named == "output_dir" else "sep")
     found = fast(folder, **{named: str(tmp_path)})
     agree(speaks(found), logits(plain(folder)))
     agree(judges(found), logits(adapted))

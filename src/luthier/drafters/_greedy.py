@@ -27,7 +27,8 @@ class Greedy:
         drafted: list[int] = []
         rows: list[Tensor] = []
         for _ in range(count):
-            logits = self.model.run([*ids, *drafted]).logits[:, : self._vocabulary]
+            logits = self.model.run([*ids, *drafted]).logits
+            # A negative width cuts.
             rows.append(F.pad(logits, (0, self._vocabulary - logits.shape[1]), value=float("-inf")))
             drafted.append(int(rows[-1].argmax()))
         return Draft(drafted, torch.cat(rows)) if rows else Draft()
