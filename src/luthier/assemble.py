@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import transformers
 
     from luthier.data.encode import Prepared
+    from luthier.data.processor import Vision
     from luthier.data.source import DataConfig
     from luthier.model.policy import PolicySetup
     from luthier.run import Run
@@ -33,13 +34,46 @@ def read_data(run: Run, data: DataConfig, *, seed: int) -> tuple[Any, Prepared]:
     """As `load_data`, of other data than the run's own, in silence."""
     from luthier.data.bare import Bare
     from luthier.data.encode import prepare
-    from luthier.data.template import make_renderer
     from luthier.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
-    renderer: Any = make_renderer(run.template, tokenizer) if run.objective.renders else Bare(tokenizer)
+    renderer: Any = renderer_of(run, tokenizer) if run.objective.renders else Bare(tokenizer)
     run.objective.start(renderer)
     return tokenizer, prepare(data, run.objective, renderer, cutoff_len=run.layout.cutoff_len, seed=seed)
+
+
+def vision_of(run: Run, tokenizer: Any) -> Vision | None:
+    """The processor of a model that reads images, told what the run says of them; None where it reads text alone."""
+    from luthier.core.paths import local
+    from luthier.model.processor import load_processor
+
+    processor = load_processor(run.model, tokenizer)
+    if processor is None:
+        return None
+    from luthier.data.processor import Vision
+
+    root = run.data.media_dir if run.data.media_dir is not None else run.data.dataset_dir
+    return Vision(processor, run.media, local(root) if isinstance(root, str) else None)
+
+
+def renderer_of(run: Run, tokenizer: Any) -> Any:
+    """The chat template of a run bound to its tokenizer; that of the model's processor, where it has one and the run
+    names no other. Raises ConfigError."""
+    from luthier.data.template import AUTO, make_renderer
+
+    vision = vision_of(run, tokenizer)
+    if vision is None:
+        return make_renderer(run.template, tokenizer)
+    if run.layout.packing or run.layout.neat_packing or (run.objective.packs and run.layout.packing is None):
+        raise ConfigError(
+            "packing: a model that reads images gets a row for each example, since positions are its own affair. "
+            "Write packing: false."
+        )
+    if run.template.template not in (None, AUTO):
+        return make_renderer(run.template, tokenizer)
+    from luthier.data.processor_template import ProcessorRenderer
+
+    return ProcessorRenderer(run.template, vision)
 
 
 def bundles(run: Run, examples: Any, *, packing: bool = False) -> Bundles:
@@ -59,13 +93,19 @@ def lay_out(
     noisy: bool = False,
     late: bool = False,
 ) -> Rows:
-    """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch."""
+    """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch, unless `late`."""
+    from luthier.data.layout import collate
+    from luthier.data.media_batch import MediaCollate
     from luthier.train import rows
 
+    vision = vision_of(run, tokenizer)
+    if vision is not None:
+        log.info("The model reads images: every example is a padded row of its own, at the positions the model gives.")
     return rows.lay_out(
         examples,
         setup,
-        wish="padded" if setup.router else run.layout.layout,
+        wish="padded" if setup.router or vision is not None else run.layout.layout,
+        lay=collate if vision is None else MediaCollate(vision),
         batch_size=batch_size,
         pad_id=tokenizer.pad_token_id,
         columns=[column.name for column in run.objective.columns],
@@ -77,6 +117,8 @@ def lay_out(
 def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0, sharded: bool = False) -> Any:
     """The model that the run's keys describe, before any adapter: quantised, stretched, grown, as they say.
 
+    sharded: FSDP or ZeRO-3 will cut its weights.
+    """
     from luthier.model.load import load_model
 
     return load_model(
@@ -117,8 +159,6 @@ def make_trainer(run: Run, setup: PolicySetup, args: Any, tokenizer: Any, **part
         objective=run.objective,
         args=args,
         shuffle=not run.train.disable_shuffling,
-    sharded: FSDP or ZeRO-3 will cut its weights.
-    """
         accuracy=run.train.compute_accuracy,
         effective=run.train.include_effective_tokens_per_second,
         max_bad_rows=run.data.max_bad_rows,

@@ -12,19 +12,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.contradictions import TRAINS, contradictions
+from luthier.contradictions import contradictions, evaluates_only
 from luthier.core import registry
 from luthier.core.compat import REFUSED, RENAMED, idle_variables
 from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
 from luthier.core.errors import ConfigError
 from luthier.core.kinds import is_true
 from luthier.core.objective import Objective
+from luthier.rules import TRAINS
 from luthier.train.config import TrainConfig, derive
 from luthier.train.keys import training_keys
 
 if TYPE_CHECKING:
     from luthier.collect import CollectConfig
     from luthier.data.layout import LayoutConfig
+    from luthier.data.media import MediaConfig
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig
     from luthier.engines.drafting import SpeculateConfig
@@ -55,6 +57,7 @@ OWNERS: dict[str, str] = {
     "model": "luthier.model.load:ModelConfig",
     "quant": "luthier.model.quantise:QuantConfig",
     "data": "luthier.data.source:DataConfig",
+    "media": "luthier.data.media:MediaConfig",
     "template": "luthier.data.template:TemplateConfig",
     "layout": "luthier.data.layout:LayoutConfig",
     "adapter": "luthier.model.adapt:AdapterConfig",
@@ -95,6 +98,7 @@ class Run:
     model: ModelConfig
     quant: QuantConfig
     data: DataConfig
+    media: MediaConfig
     template: TemplateConfig
     layout: LayoutConfig
     adapter: AdapterConfig
@@ -244,6 +248,9 @@ def _finish(given: Given, settled: Settled, objective: type[Objective], stage: s
     warnings = [*settled.warnings, *_idle(sections, training, verb)]
     if verb in TRAINS:
         warnings += idle_variables(os.environ)
+        if evaluates_only(vars(sections["data"]) | training):
+            training["do_train"] = False
+            notes.append("eval_dataset is all there is: this run evaluates and does not train.")
         training, sections["train"], derived = derive(training, sections["train"])
         notes += derived
         if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:

@@ -39,7 +39,7 @@ def test_names_of_dataset_info(folder):
     assert plain.columns.names == {
         "prompt": "instruction", "query": "input", "response": "output", "history": None, "messages": "conversations",
         "system": None, "tools": None, "chosen": None, "rejected": None, "kto_tag": None,
-        "score": "score",
+        "score": "score", "images": None, "videos": None, "audios": None,
     }  # fmt: skip
     assert chats.format == "sharegpt"
     assert chats.columns.name("messages") == "talk"
@@ -106,7 +106,6 @@ def test_dataset_dir_from_python_and_online(folder):
         ([{"path": "plain", "weight": 0}], ["dataset[0]", "weight", "above 0"]),
         ([{"path": "plain", "num_samples": 0}], ["num_samples"]),
         ([{"path": "plain", "ranking": "yes"}], ["ranking", "true or false"]),
-        ([{"path": "plain", "columns": {"images": "x"}}], ["images", "not supported yet"]),
         ([{"format": "alpaca"}], ["path is missing"]),
         ("", ["dataset: is empty"]),
     ],
@@ -186,7 +185,6 @@ def test_a_format_that_cannot_be_told(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"media_dir": "x"}, "media_dir"),
         ({"mix_strategy": "interleave"}, "mix_strategy"),
         ({"max_samples": 0}, "max_samples"),
         ({"val_size": -1}, "val_size"),

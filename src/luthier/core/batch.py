@@ -57,6 +57,8 @@ class Batch:
     """[G] where each group came from, for messages: file and row."""
     extras: tuple[Mapping[str, Any], ...] = ()
     """[G] what each group's `Encoded.extra` says."""
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the model's forward call is given beside ids: what its processor made of the images in the rows."""
     hidden: Tensor | None = None
     """[E, H] hidden states at the supervised tokens, where they were computed beforehand (see `model/head_only.py`)."""
     tokens: int = 0
@@ -132,8 +134,9 @@ class Batch:
             if isinstance(value, Tensor)
         }
         columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self.columns.items()}
+        media = {name: value.to(device, non_blocking=non_blocking) for name, value in self.media.items()}
         aside = None if self.aside is None else self.aside.to(device, non_blocking)
-        return replace(self, **moved, columns=columns, aside=aside)
+        return replace(self, **moved, columns=columns, media=media, aside=aside)
 
     def with_totals(self, totals: Mapping[str, float], progress: float = 1.0) -> Batch:
         """The same batch, told how many units the whole optimiser step holds, and how far the run is."""

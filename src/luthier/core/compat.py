@@ -86,7 +86,7 @@ def _group(why: str, **accepts: Any) -> dict[str, Refused]:
     return {key: Refused((value,), why) for key, value in accepts.items()}
 
 
-_MULTIMODAL = "images, video and audio are not supported yet; train on text only"
+_MULTIMODAL = "video and audio are not supported yet; leave the key out"
 _VLLM = "the vllm engine is not there yet; leave the key out, and answers come from transformers"
 _SGLANG = "the sglang engine is not there yet; leave the key out, and answers come from transformers"
 _KT = "ktransformers is not supported; leave the key out"
@@ -107,10 +107,8 @@ _UNSLOTH = "Unsloth is not supported; leave the key out, Luthier shares prefixes
 
 LLAMA_FACTORY: dict[str, Refused] = {
     # data
-    **_group(_MULTIMODAL, image_max_pixels=589824, image_min_pixels=1024, video_max_pixels=65536),
-    **_group(_MULTIMODAL, image_do_pan_and_scan=False, crop_to_patches=False, video_min_pixels=256, video_fps=2.0),
-    **_group(_MULTIMODAL, video_maxlen=128, use_audio_in_video=False, audio_sampling_rate=16000),
-    **_group(_MULTIMODAL, freeze_vision_tower=True, freeze_multi_modal_projector=True, freeze_language_model=False),
+    **_group(_MULTIMODAL, video_max_pixels=65536, video_min_pixels=256, video_fps=2.0, video_maxlen=128),
+    **_group(_MULTIMODAL, use_audio_in_video=False, audio_sampling_rate=16000),
     "ignore_pad_token_for_loss": Refused((True,), "padding is never trained here; leave the key out"),
     **_group(_PREDICT, eval_num_beams=None, predict_with_generate=False, generation_max_length=None),
     **_group(_PREDICT, generation_num_beams=None, generation_config=None, sortish_sampler=False),
@@ -118,11 +116,15 @@ LLAMA_FACTORY: dict[str, Refused] = {
     "use_fast_tokenizer": Refused((True,), "transformers 5 has one tokenizer class per model; leave the key out"),
     "low_cpu_mem_usage": Refused((True,), "transformers 5 always loads this way; leave the key out"),
     "shift_attn": Refused((False,), "S2-Attention is not supported: it rewrites old Llama code; leave the key out"),
-    "mixture_of_depths": Refused((None,), "mixture of depths is not supported: such models load nowhere else"),
+    "mixture_of_depths": Refused(
+        (None,), "mixture of depths is not supported: such models load nowhere else"
+    ),
     "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
     "infer_backend": Refused(("huggingface", "hf"), "only huggingface is there yet"),
-    "visual_inputs": Refused((False,), _MULTIMODAL),
-    "train_mm_proj_only": Refused((False,), _MULTIMODAL),
+    "visual_inputs": Refused((False, True), "whether a model reads images is read from its config.json"),
+    "train_mm_proj_only": Refused(
+        (False,), "write freeze_language_model: true, freeze_multi_modal_projector: false and finetuning_type: full"
+    ),
     "reserved_label_len": Refused((1,), "LLaMA-Factory dropped it; cutoff_len is shared by prompt and answer now"),
     "offload_folder": Refused(("offload",), "offloading weights to disk is not supported; leave the key out"),
     "use_kv_cache": Refused((True,), "generation always uses the cache; leave the key out"),

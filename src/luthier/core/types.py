@@ -24,6 +24,8 @@ class Message:
     content: str
     weight: float | None = None
     """Loss weight of this turn; None leaves it to the stage."""
+    media: tuple[str, ...] = ()
+    """The images it shows, one for each `<image>` in its content: see `data/media.py`."""
 
 
 @dataclass(frozen=True, slots=True)

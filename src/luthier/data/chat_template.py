@@ -54,10 +54,13 @@ class ChatTemplateRenderer:
 
     name = "chat_template"
 
-    def __init__(self, config: TemplateConfig, tokenizer: Any):
+    def __init__(
+        self, config: TemplateConfig, tokenizer: Any, *, text: ChatText | None = None, pieces: Pieces | None = None
+    ):
+        """text, pieces: what renders and what tokenises, where it is more than the tokenizer."""
         self.tokenizer = tokenizer
-        self._text = ChatText(config, tokenizer)
-        self._pieces = Pieces(tokenizer)
+        self._text = text or ChatText(config, tokenizer)
+        self._pieces = pieces or Pieces(tokenizer)
         end = self._end_of_turn()
         self._end_text = end
         self.efficient_eos = end is None

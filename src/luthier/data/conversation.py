@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from luthier.core.types import Answer, Example, Message
+from luthier.data.media import with_images
 from luthier.data.source import BadRow, Columns, excerpt
 from luthier.data.turns import RESPONSES
 
@@ -20,7 +21,7 @@ def conversation(
     outranks the system column. A conversation that does not end with a turn of the model has no answer of its own;
     with `ranking` it is answered by the columns chosen and rejected, which `choice(value, meaning)` reads.
     """
-    turns, system = list(messages), columns.text(row, "system")
+    turns, system = with_images(row, columns, messages), columns.text(row, "system")
     if turns and turns[0].role == "system":
         system = turns.pop(0).content
     if not turns:

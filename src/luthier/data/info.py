@@ -16,7 +16,6 @@ from luthier.data.files import parse_json
 from luthier.data.source import COLUMNS, TAGS, Columns, Source, excerpt
 
 INFO = "dataset_info.json"
-MEDIA = ("images", "videos", "audios")
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
 INFO_KEYS = (*HUBS, "cloud_file_name", "file_name", "formatting", "ranking", "subset", "split", "folder",
              "num_samples", "columns", "tags")  # fmt: skip
@@ -25,7 +24,8 @@ INLINE_KEYS = ("path", "name", "format", "formatting", "ranking", "subset", "spl
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 
-OPTIONAL = {"history": "history", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected"}
+OPTIONAL = {"history": "history", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+            "images": "images", "videos": "videos", "audios": "audios"}  # fmt: skip
 """Columns that a file named directly brings in under their own names; `dataset_info.json` has to name them."""
 
 
@@ -190,10 +190,7 @@ def _columns(entry: Mapping[str, Any], defaults: Mapping[str, str | None], place
     if not isinstance(ranking, bool):
         raise ConfigError(f"{place}: ranking: {excerpt(ranking)} must be true or false.")
     given = entry.get("columns") or {}
-    _check(given, (*COLUMNS, *MEDIA), f"{place}: columns")
-    media = [name for name in MEDIA if given.get(name)]
-    if media:
-        raise ConfigError(f"{place}: columns: {', '.join(media)}: images, videos and audio are not supported yet.")
+    _check(given, tuple(COLUMNS), f"{place}: columns")
     tags = entry.get("tags") or {}
     _check(tags, tuple(TAGS), f"{place}: tags")
     resolved = dict(defaults)

@@ -26,7 +26,7 @@ class DataConfig:
     """Folder with `dataset_info.json` and its files; ONLINE takes names as hub ids, REMOTE:ORG/NAME reads the
     `dataset_info.json` of a hub repository. From Python, the content of `dataset_info.json`."""
     media_dir: str | None = None
-    """Folder of images, videos and audio. Not supported yet."""
+    """Folder that paths of images are relative to; unset: dataset_dir."""
     max_samples: int | None = None
     """Use the first this many rows of each data set."""
     val_size: float = 0.0
@@ -73,7 +73,6 @@ class DataConfig:
                 "tokenized_path keeps data that are encoded before training; streaming: true encodes them meanwhile",
             ),
             (self.buffer_size < 1, f"buffer_size: {self.buffer_size} must be 1 or more"),
-            (self.media_dir, f"media_dir: {self.media_dir!r}: images, videos and audio are not supported yet"),
             (self.mix_strategy not in MIXES, f"mix_strategy: {self.mix_strategy!r} is none of {', '.join(MIXES)}"),
             (
                 self.max_samples is not None and self.max_samples < 1,
@@ -156,6 +155,9 @@ COLUMNS: Mapping[str, str | None] = {
     "rejected": None,
     "kto_tag": None,
     "score": "score",
+    "images": None,
+    "videos": None,
+    "audios": None,
 }
 """What a column may mean, and the name LLaMA-Factory expects where the user names no columns."""
 

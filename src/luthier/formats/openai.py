@@ -1,7 +1,8 @@
 """Rows with `messages` as OpenAI's API takes them: role and content, `tool_calls`, tool results.
 
-An assistant's tool calls become a function turn, with the text before the calls kept. A message may carry a loss
-`weight` or `loss`. The names of keys and roles can be changed with `tags`.
+A content may be a list of parts, text and images. An assistant's tool calls become a function turn, with the text
+before the calls kept. A message may carry a loss `weight` or `loss`. The names of keys and roles can be changed with
+`tags`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from luthier.core.types import Example, Message
 from luthier.data.conversation import conversation, loss_weight
+from luthier.data.media import content
 from luthier.data.source import TAGS, BadRow, Columns, excerpt
 
 OWN_TAGS = {
@@ -44,28 +46,16 @@ def _message(turn: Any, tags: Mapping[str, str], where: str) -> Message:
     role = turn[tags["role_tag"]]
     if not isinstance(role, str) or role not in known:
         raise BadRow("unknown role", f"{where}: {excerpt(role)} is none of {', '.join(known)}")
-    text = _text(turn.get(tags["content_tag"]), where)
+    text, media = content(turn.get(tags["content_tag"]), where)
     calls = turn.get(tags["function_tag"])
     if not calls:
-        return Message(known[role], text, loss_weight(turn, where))
+        return Message(known[role], text, loss_weight(turn, where), media)
     if known[role] != "assistant":
         raise BadRow("tool calls outside an assistant message", where)
     written = json.dumps([_call(call, where) for call in calls], ensure_ascii=False)
     # The words that part text from calls are those templates expect in a function turn.
-    content = f"{text}<tool_call>{written}</tool_call>" if text else written
-    return Message("function", content, loss_weight(turn, where))
-
-
-def _text(content: Any, where: str) -> str:
-    """Content as text: a string, nothing, or a list of text parts."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise BadRow("a message that is not text", f"{where}: {excerpt(content)}")
-    return "".join(part["text"] for part in parts)
+    said = f"{text}<tool_call>{written}</tool_call>" if text else written
+    return Message("function", said, loss_weight(turn, where), media)
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

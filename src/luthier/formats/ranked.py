@@ -14,6 +14,7 @@ from typing import Any
 from luthier.core.types import Answer, Example, Message
 from luthier.data.conversation import tools_text
 from luthier.data.instruction import instruction
+from luthier.data.media import with_images
 from luthier.data.source import BadRow, Columns, excerpt
 
 
@@ -27,7 +28,10 @@ def read(row: Mapping[str, Any], columns: Columns) -> Example:
         Answer((Message("assistant", text),), score, f"candidate-{rank}") for rank, (text, score) in enumerate(ranking)
     ]
     return Example(
-        tuple(instruction(row, columns)), tuple(answers), columns.text(row, "system"), tools_text(row, columns)
+        tuple(with_images(row, columns, instruction(row, columns))),
+        tuple(answers),
+        columns.text(row, "system"),
+        tools_text(row, columns),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from luthier.core.types import Example, Message
 from luthier.data.conversation import conversation, loss_weight
+from luthier.data.media import content
 from luthier.data.source import BadRow, Columns, excerpt
 
 ROLES = ("user", "assistant", "observation", "function", "system")
@@ -30,12 +31,13 @@ def _message(turn: Any, columns: Columns, where: str) -> Message:
     if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
         raise BadRow(f"a message without {role_key!r} and {content_key!r}", f"{where}: {excerpt(turn)}")
     roles = {columns.tags[f"{role}_tag"]: role for role in ROLES}
-    role, content = turn[role_key], turn[content_key]
+    role = turn[role_key]
     if not isinstance(role, str) or role not in roles:
         raise BadRow("unknown role", f"{where}: {excerpt(role)} is none of {', '.join(roles)}")
-    if not isinstance(content, str):
-        raise BadRow("a message that is not text", f"{where}: {excerpt(content)}")
-    return Message(roles[role], content, loss_weight(turn, where))
+    text, media = content(turn[content_key], where)
+    if turn[content_key] is None:
+        raise BadRow("a message that is not text", f"{where}: {excerpt(None)}")
+    return Message(roles[role], text, loss_weight(turn, where), media)
 
 
 def _choice(value: Any, columns: Columns, meaning: str) -> Message:

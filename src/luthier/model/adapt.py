@@ -12,9 +12,10 @@ from luthier.core import manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
-from luthier.model import pissa
-from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch
+from luthier.model import parts, pissa
+from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch, sees
 from luthier.model.modules import as_names, embeddings, tied
+from luthier.model.processor import KeepProcessor
 from luthier.model.quantise import prepare_training, quantised
 
 if TYPE_CHECKING:
@@ -40,6 +41,22 @@ class AdapterConfig:
     """Merge all given adapters and train a new one, instead of going on with the last."""
     additional_target: str | list[str] | None = None
     """Modules trained in full beside the adapter and saved with it, such as embed_tokens,lm_head."""
+    freeze_vision_tower: bool = True
+    """Of a model that reads images: what sees stands still."""
+    freeze_multi_modal_projector: bool = True
+    """Of a model that reads images: what carries its sight over to the language model stands still."""
+    freeze_language_model: bool = False
+    """Of a model that reads images: the language model stands still."""
+
+    @property
+    def still(self) -> frozenset[str]:
+        """The parts of a model that reads images which are not trained."""
+        kept = {
+            "vision": self.freeze_vision_tower,
+            "projector": self.freeze_multi_modal_projector,
+            "language": self.freeze_language_model,
+        }
+        return frozenset(part for part, still in kept.items() if still)
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,11 @@ def adapt(
         log.info("The adapter %s is taken up; its own settings hold.", folders[-1])
         model = attach(model, folders[-1], trainable=True)
     else:
+        if method.IS_ADAPTER:
+            keys = parts.aimed(model, keys, config.still)
         model = method.apply(model, keys, also=_also(model, config, model_config), seed=seed)
+        if not method.IS_ADAPTER:
+            parts.hold_still(model, config.still)
     return _ready(model, upcast=upcast, config=model_config)
 
 
@@ -99,10 +120,11 @@ def sidecars(model: nn.Module, config: AdapterConfig, model_config: ModelConfig)
     """What writes into every folder that a run saves, beside the adapter itself. Ask before the first step."""
     from peft import PeftModel
 
+    kept: list[Callable[[Path], None]] = [KeepProcessor(model_config)] if sees(model.config) else []
     if not isinstance(model, PeftModel) or not pissa.is_pissa(model.active_peft_config):
-        return []
+        return kept
     folders = [] if config.create_new_adapter else adapter_folders(config, model_config)
-    return [pissa.Start(model, folders[-1] if folders else None)]
+    return [*kept, pissa.Start(model, folders[-1] if folders else None)]
 
 
 def finish(config: AdapterConfig, keys: Any, folder: Path) -> None:

@@ -174,7 +174,7 @@ def local_folder(key: str, name: str) -> Path | None:
 
 
 def read_settings(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json, checked to be that of a causal language model."""
+    """The model's config.json, checked to be that of a language model, or of one that reads images too."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -187,10 +187,27 @@ def read_settings(config: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(no_source("model_name_or_path", name, folder, error)) from error
     remote = "AutoModelForCausalLM" in (settings.to_dict().get("auto_map") or {})
-    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote and not sees(settings):
         made = ", ".join(settings.architectures or []) or settings.model_type
         raise ModelError(f"{name} is no causal language model: its architecture is {made}.")
     return settings
+
+
+def sees(settings: PretrainedConfig) -> bool:
+    """Whether a config.json is that of a model which reads images beside text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    made = set(settings.architectures or ())
+    named = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(settings.model_type)
+    known = made & {named} if made else type(settings) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return named is not None and bool(known)
+
+
+def auto_class(settings: PretrainedConfig) -> Any:
+    """What loads the model of a config.json."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if sees(settings) else transformers.AutoModelForCausalLM
 
 
 def no_source(key: str, name: str, folder: Path | None, error: Exception) -> str:
@@ -253,14 +270,13 @@ def _pretrained(
     how: dict[str, Any],
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     name = config.model_name_or_path
     folder = local_folder("model_name_or_path", name)
     if folder is not None:
         manifest.check_weights("model_name_or_path", folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(settings).from_pretrained(
             folder or name,
             config=settings,
             dtype="auto" if dtype is None else dtype,
@@ -304,9 +320,8 @@ def _scratch(
     config: ModelConfig, settings: PretrainedConfig, dtype: torch.dtype | None, attn: str | None
 ) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
+    return auto_class(settings).from_config(
         settings, dtype=dtype or torch.float32, attn_implementation=attn, trust_remote_code=config.trust_remote_code
     )
 

@@ -25,8 +25,10 @@ def layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     from torch import nn
 
     count = model.config.get_text_config().num_hidden_layers
+    # What sees may have as many layers as what speaks.
+    own = {id(module) for module in model.get_decoder().modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in own:
             return name, module
     raise ModelError(f"{type(model).__name__} has no list of {count} layers, so layers cannot be chosen by number.")
 

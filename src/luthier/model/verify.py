@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.model.policy import PolicySetup
+from luthier.model import attention
+from luthier.model.policy import PolicySetup, media_arguments
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 """Largest |difference| in nats per token; rounding stays far below, a lost mask far above (0.3 and more)."""
@@ -48,6 +49,7 @@ def verify(setup: PolicySetup, batch: Batch) -> Verdict:
     model = setup.model
     # The model's own forward is causal: whether masks are honoured shows without the blocks.
     batch = replace(batch, block=None)
+    plainly = _seen if batch.media else _plain
     training = model.training
     model.eval()
     try:
@@ -62,7 +64,7 @@ def verify(setup: PolicySetup, batch: Batch) -> Verdict:
             if tokens and tokens + len(path) > MOST_TOKENS:
                 break
             tokens += len(path)
-            plain = _plain(setup, batch, path, edges)
+            plain = plainly(setup, batch, path, edges)
             difference = (plain - shared[edges].to(plain.dtype)).abs().max()
             # NaN compares false with everything and must not pass for equal.
             worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
@@ -90,4 +92,19 @@ def _plain(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor) -> Ten
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nodes = batch.target[batch.edge[edges]]
     depth = torch.searchsorted(path, nodes)
+    return logits[depth - 1].log_softmax(-1).gather(-1, ids[depth][:, None])[:, 0]
+
+
+def _seen(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor) -> Tensor:
+    """As `_plain`, of rows with images: which image is whose cannot be told from here, so all rows are computed."""
+    length, row = len(path), int(path[0]) // batch.ids.shape[1]
+    real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.end[:, :1]
+    dtype = setup.model.get_input_embeddings().weight.dtype
+    media = media_arguments(batch, attention.choose(batch), dtype)
+    with setup.autocast():
+        logits = setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits
+    logits = logits[row, :length]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    depth = torch.searchsorted(path, batch.target[batch.edge[edges]])
+    ids = batch.ids.reshape(-1)[path]
     return logits[depth - 1].log_softmax(-1).gather(-1, ids[depth][:, None])[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,8 +74,11 @@ def lay_out(
     columns: Sequence[str] = (),
     noisy: bool = False,
     check: bool = True,
+    lay: Callable[..., Batch] = collate,
 ) -> Rows:
     """Choose the layout and let the first batch verify it against the plain computation.
+
+    lay: what lays examples out as a Batch.
 
     noisy: see `choose`. check: the first-batch check; a layout that fails it gives way to `padded`, loudly; `padded`
     failing it is an error.
@@ -86,7 +89,7 @@ def lay_out(
     first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
     for attempt in dict.fromkeys((layout, "padded")) if check else ():
         device = next(setup.model.parameters()).device
-        batch = collate(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
+        batch = lay(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
         verdict = _verdict(setup, batch)
         if verdict.holds:
             log.info(
@@ -110,13 +113,10 @@ def lay_out(
             attempt,
             verdict,
         )
-    collator = Collator(collate, layout=layout, pad_id=pad_id, columns=tuple(columns))
+    collator = Collator(lay, layout=layout, pad_id=pad_id, columns=tuple(columns))
     return Rows(train, collator, layout)
 
 
-def _verdict(setup: PolicySetup, batch: Batch) -> Verdict:
-    """What the check finds; a model that cannot even take the mask fails it, with its reason."""
-    try:
 def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.device) -> None:
     """The first-batch check for a model that an engine has spread; raises TrainingError where a layout fails it.
 
@@ -132,6 +132,9 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
     log.info("first batch checked: %s rows agree to %.1e nats", rows.layout, verdict.difference)
 
 
+def _verdict(setup: PolicySetup, batch: Batch) -> Verdict:
+    """What the check finds; a model that cannot even take the mask fails it, with its reason."""
+    try:
         return verify(setup, batch)
     except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         if batch.layout == "padded":
