@@ -391,3 +391,21 @@ def test_choices_that_cannot_be_made_are_said_before_a_model_is_loaded(
     assert run(folder, source, tmp_path / "out.jsonl", *words) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_row_with_calls_of_tools_is_read_as_training_reads_it():
+    from luthier.core.registry import find
+    from luthier.data.source import COLUMNS, Columns
+    from luthier.infer import read_row
+
+    row = {
+        "messages": [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]},
+            {"role": "tool", "content": "2"},
+        ],
+        "tools": [{"name": "add"}],
+    }
+    columns = Columns({**COLUMNS, "messages": "messages", "tools": "tools"})
+    assert read_row(row) == find("formats", "openai").read(row, columns)
+    assert [message.role for message in read_row(row).prompt] == ["user", "function", "observation"]

@@ -201,12 +201,10 @@ def _to_judge(question: Question, texts: Sequence[str], judge: Judge) -> Encoded
 
 def _shape(row: Any) -> tuple[str, Any]:
     """The format of a row by its columns, and how that format is to read them."""
-    from luthier.data.source import COLUMNS, TAGS, Columns
+    from luthier.data.source import COLUMNS, Columns
 
     if "messages" in row:
-        roles = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-        tags = {**TAGS, **roles, "observation_tag": "tool"}
-        return "sharegpt", Columns({**COLUMNS, "messages": "messages", "system": "system", "tools": "tools"}, tags)
+        return "openai", Columns({**COLUMNS, "messages": "messages", "system": "system", "tools": "tools"})
     if "conversations" in row:
         return "sharegpt", Columns({**COLUMNS, "system": "system", "tools": "tools"})
     names = {**COLUMNS, "system": "system", "history": "history", "tools": "tools"}
