@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from luthier.cli import main, verb_help
+from luthier.engines.speculate import Speculator
 from luthier.speculate import checker, summarise
 from tests.conftest import CORPUS, save_lively_model
 from tests.test_speculative import save_head
@@ -95,8 +96,18 @@ def test_comparing_answers_every_prompt_in_three_ways(folder, tmp_path, answers,
     )
     assert (found["plain"]["right"], found["plain"]["graded"]) == (1, len(ASKED))
     assert found["judge"]["right"] < 1
+    assert speculate(folder, tmp_path, *keys[:3], "accept_threshold=0.2", "--compare", rows=rows)[0] == 2
     table = capsys.readouterr().err
+    assert "was asked something else" in table
     assert "with accept head" in table and "plain greedy" in table and f"{found['judge']['tokens']}" in table
+
+
+@pytest.mark.parametrize(("flags", "times"), [((), 0), (("--compare",), 2)])
+def test_only_what_is_compared_begins_with_empty_caches(folder, tmp_path, monkeypatch, flags, times):
+    emptied, forget = [], Speculator.forget
+    monkeypatch.setattr(Speculator, "forget", lambda self: (emptied.append(self), forget(self)))
+    assert speculate(folder, tmp_path, "draft=prompt_lookup", "max_new_tokens=3", *flags)[0] == 0
+    assert len(emptied) == times * len(ASKED), "the lossless way and the plain one"
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(folder, tmp_path, answers, capsys):
