@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from luthier.contradictions import RULES, WORKS, Keys
 from luthier.core.compat import REFUSED
 from luthier.core.errors import ConfigError
 from luthier.core.source import read
+from luthier.rules import RULES, WORKS, Keys
 from luthier.run import resolve
 from luthier.train import config as training
 
@@ -102,10 +102,14 @@ OURS = [
     ({"layout": "padded", "packing": True}, {"layout": "padded", "packing": False}),
     ({"eval_on_each_dataset": True}, {"eval_on_each_dataset": True, "eval_dataset": "e"}),
     ({"create_new_adapter": True}, {"create_new_adapter": True, "adapter_name_or_path": "a"}),
-    ({"streaming": True, "max_steps": 10, "stage": "dpo", "precompute_reference": True},
-     {"stage": "dpo", "precompute_reference": True}),
-    ({"streaming": True, "max_steps": 10, "use_accept_head_format": True, "freeze_backbone": True},
-     {"use_accept_head_format": True, "freeze_backbone": True}),
+    (
+        {"streaming": True, "max_steps": 10, "stage": "dpo", "precompute_reference": True},
+        {"stage": "dpo", "precompute_reference": True},
+    ),
+    (
+        {"streaming": True, "max_steps": 10, "use_accept_head_format": True, "freeze_backbone": True},
+        {"use_accept_head_format": True, "freeze_backbone": True},
+    ),
     ({"fsdp": "full_shard", "deepspeed": "zero2.json"}, {"deepspeed": "zero2.json"}),
     ({"fp8_enable_fsdp_float8_all_gather": True}, {}),
     ({"use_dft_loss": True, "use_eaft_loss": True}, {}),

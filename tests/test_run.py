@@ -224,7 +224,6 @@ CONFLICTS = [
     ({"gradient_checkpointing": True, "activation_checkpointing": False}, "mean the same and differ"),
     ({"remove_unused_columns": True}, "remove_unused_columns: a batch has no columns"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
-    ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ({"torch_compile": True}, "torch_compile"),
     ({"predict_with_generate": True}, "predict_with_generate"),
     ({"push_to_hub": True}, "push_to_hub"),
@@ -295,6 +294,14 @@ def test_gradient_checkpointing(monkeypatch, accelerator, keys, on):
 )
 def test_a_run_trains_unless_told_otherwise(keys, trains):
     assert resolve(BASE | keys).training["do_train"] is trains
+
+
+def test_a_run_with_evaluation_data_alone_does_not_train():
+    rm = {"stage": "rm", "dataset": None, "eval_dataset": "held"}
+    run = resolve(BASE | rm | {"do_predict": True})
+    assert run.training["do_train"] is False and any("does not train" in note for note in run.notes)
+    assert resolve(BASE | rm | {"dataset": "d", "do_predict": True}).training["do_train"] is True
+    assert "nothing to train on" in problem(**rm) and "nothing to train on" in problem(**rm, do_train=True)
 
 
 def test_early_stopping_watches_the_loss():

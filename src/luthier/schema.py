@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier import contradictions
+from luthier import rules
 from luthier.core import registry
 from luthier.core.compat import ENVIRONMENT, HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
 from luthier.core.config import Key, keys_of
@@ -138,13 +138,13 @@ def compatibility_page() -> str:
             "",
             "| keys | why |",
             "|---|---|",
-            *(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {_rule(rule)} |" for rule in contradictions.RULES),
+            *(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {_rule(rule)} |" for rule in rules.RULES),
             "",
             "LLaMA-Factory refuses some more, which work here:",
             "",
             "| | why it can |",
             "|---|---|",
-            *(f"| {name} | {why} |" for name, why in contradictions.WORKS.items()),
+            *(f"| {name} | {why} |" for name, why in rules.WORKS.items()),
             "",
             "## Environment variables",
             "",
@@ -176,7 +176,7 @@ def _refusals(table: Mapping[str, Refused]) -> list[str]:
     ]
 
 
-def _rule(rule: contradictions.Rule) -> str:
+def _rule(rule: rules.Rule) -> str:
     """A rule's words, with the names of keys where a message has their values."""
     return _cell(re.sub(r"\{(\w+)\}", r"*\1*", rule.text))
 
