@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 from luthier.core import manifest
 from luthier.fit import fit
@@ -61,24 +63,48 @@ EVENTS = [
 
 def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a fork; its exit code, negative for the signal that ended it."""
-    gc.collect()
-    gc.freeze()
+    return os.waitstatus_to_exitcode(os.waitpid(_fork(work), 0)[1])
+
+
+def _fork(work: Callable[[], None]) -> int:
+    gc.freeze()  # what is there already need not be looked through in the child
     pid = os.fork()
     if pid:
-        _, status = os.waitpid(pid, 0)
         gc.unfreeze()
-        return os.waitstatus_to_exitcode(status)
+        return pid
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(PATIENCE)
     code = 1
     try:
-        sys.stderr = open(os.devnull, "w")
         work()
         code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
     except BaseException:
-        traceback.print_exc(file=sys.__stderr__)
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def in_ranks(work: Callable[[int], None], world: int = 2) -> list[int]:
+    """Run `work(rank)` in as many forks, which find each other through gloo; their exit codes, in order of rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def one(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # What this process found out about itself when it was alone.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        work(rank)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    pids = [_fork(lambda rank=rank: one(rank)) for rank in range(world)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def straight(keys: Mapping[str, object]) -> int:

@@ -14,6 +14,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from luthier.fit import fit
+from luthier.run import resolve
+
 pytestmark = pytest.mark.e2e
 
 PLUGIN = """
@@ -81,9 +84,7 @@ def _log(folder: Path) -> list[dict]:
 
 def test_kill_9_and_the_same_command_again(tmp_path, model_folder):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    straight = _config(tmp_path, model_folder, "straight", pause=0)
-    done = subprocess.run(_command(straight), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fit(resolve(_config(tmp_path, model_folder, "straight", pause=0)))
 
     killed = _config(tmp_path, model_folder, "killed", pause=0.4)
     process = subprocess.Popen(_command(killed), env=environment, stderr=subprocess.PIPE, text=True)

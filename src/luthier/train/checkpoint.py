@@ -31,8 +31,8 @@ _ASIDE = ".partial-"
 _OLD = ".partial-old-"
 _REPLACED = ".replaced-"
 _DAMAGED = "damaged-"
-_TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error", "Parent directory")
-"""What torch.save says, as RuntimeError, of a file that cannot be written."""
+_WRITERS = ("(os error ", "inline_container", "PytorchStreamWriter", "iostream error", "Parent directory")
+"""What libraries say of a file that cannot be written, in errors of other types than OSError."""
 
 
 def step_of(folder: Path) -> int:
@@ -163,9 +163,12 @@ def rotate(output_dir: str | Path, newest: Path, *, keep: int | None, best: str 
 
 def is_write_error(error: BaseException) -> bool:
     """Whether this is about a disk and not about the program."""
-    if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError):
-        return any(sign in str(error) for sign in _TORCH_WRITER)
-    return isinstance(error, OSError | SafetensorError)
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    if isinstance(error, CheckpointError):
+        return False
+    # tokenizers raises a bare Exception with what the system said.
+    return any(sign in str(error) for sign in _WRITERS)
 
 
 def discard(staged: Path) -> None:

@@ -91,6 +91,10 @@ class Resuming(Saving):
             # Whole steps of this run's size: at most one step's rows are seen again.
             place = state.epoch, state.rows // self.rows_per_step * self.args.gradient_accumulation_steps
         self._epoch, self._micro_batches = place
+        stored = self._stored()
+        if self._streaming is not None and stored is not None:
+            # A stream finds its place by itself; this is only the count.
+            self._micro_batches = stored.rows // (self._train_batch_size * self.args.world_size)
         return place
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -108,6 +112,12 @@ class Resuming(Saving):
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches += len(samples)
         return samples, totals
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._streaming is not None:
+            # A stream is one long epoch, which transformers counts from where this process began.
+            self.state.epoch = self.state.global_step / self.state.max_steps
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._pick_up()

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from luthier.core.errors import CheckpointError
@@ -87,6 +88,8 @@ class StreamLoader:
             collate_fn=_as_it_is,
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
+            # Its own: a loader that begins again after a resume must not draw from the numbers that dropout uses.
+            generator=torch.Generator().manual_seed(0),
         )
 
     def _count(self, found: dict[int, Tally]) -> None:
