@@ -63,7 +63,8 @@ class Features:
             write((_table([vectors], self._kind) for vectors in found), _table([], self._kind).schema, folder / ITEMS)
             (folder / META).write_text(json.dumps({"parts": parts, "examples": len(examples)}, indent=1), "utf-8")
 
-        return Bundles(_Reduced(examples, cached(self.data, key_of(parts), build), self._width), rows.bundles)
+        reduced = _Reduced(examples, cached(self.data, key_of(parts), build), self._width)
+        return Bundles(reduced, rows.bundles, tokens=reduced.tree_tokens)
 
     def head_only(self) -> tuple[HeadOnlySetup, Collator]:
         """What trains the head on them: a setup without the model, and a collator."""

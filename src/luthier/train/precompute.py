@@ -67,7 +67,7 @@ class Precompute:
             write(batches, _table([]).schema, folder / ITEMS)
             (folder / META).write_text(json.dumps({"parts": parts, "examples": len(examples)}, indent=1), "utf-8")
 
-        return Bundles(WithReference(rows, cached(self.data, key_of(parts), build)), rows.bundles)
+        return Bundles(WithReference(rows, cached(self.data, key_of(parts), build)), rows.bundles, tokens=rows.tokens)
 
     def carrying(self) -> Collator:
         """The collator for rows that bring the log-probs."""

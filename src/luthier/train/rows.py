@@ -47,7 +47,7 @@ class Rows:
 def bundle(examples: Examples, *, packing: bool, cutoff_len: int, complete: Complete | None = None) -> Bundles:
     """One example a row, or with packing as many as fit `cutoff_len` tokens."""
     bundles = pack(examples.tree_tokens.tolist(), cutoff_len) if packing else None
-    return Bundles(examples, bundles, complete)
+    return Bundles(examples, bundles, complete, examples.tree_tokens)
 
 
 def choose(train: Bundles, wish: str, batch_size: int, *, noisy: bool = False) -> Choice:

@@ -22,11 +22,14 @@ class Bundles(Dataset):
         examples: Sequence[tuple[Encoded, str]],
         bundles: Sequence[Sequence[int]] | None = None,
         complete: Complete | None = None,
+        tokens: Sequence[int] | None = None,
     ):
         self.examples = examples
         self.bundles = bundles
         self.complete = complete
         """`Objective.complete`: an example as it is trained, given the whole set."""
+        self.tokens = tokens
+        """Of each example, what there is to compute; None where nobody knows."""
 
     def __len__(self) -> int:
         return len(self.examples) if self.bundles is None else len(self.bundles)
@@ -37,15 +40,49 @@ class Bundles(Dataset):
             return [self.examples[i] for i in chosen]
         return [self.complete(i, self.examples) for i in chosen]
 
+    def sizes(self) -> list[int] | None:
+        """Tokens of each bundle."""
+        if self.tokens is None:
+            return None
+        tokens = [int(count) for count in self.tokens]
+        return tokens if self.bundles is None else [sum(tokens[i] for i in chosen) for chosen in self.bundles]
+
+
+def share(rows: Sequence[int], sizes: Sequence[int], *, world: int, most: int) -> list[list[int]]:
+    """The rows of one micro-batch over all ranks, dealt out: at most `most` each, with tokens as even as can be.
+
+    rows: their numbers. sizes: tokens of every row there is. The longest goes first, to whoever has least; each rank's
+    share keeps the order of `rows`. Nothing is left to chance.
+    """
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for place in sorted(range(len(rows)), key=lambda place: (-sizes[rows[place]], place)):
+        rank = min((r for r in range(world) if len(shares[r]) < most), key=lambda r: (loads[r], len(shares[r]), r))
+        shares[rank].append(place)
+        loads[rank] += sizes[rows[place]]
+    return [[rows[place] for place in sorted(places)] for places in shares]
+
 
 class RankSampler(BatchSampler):
     """Micro-batches of one rank. All ranks together see every bundle exactly once per epoch.
 
     The order depends on the seed and the epoch alone, so that a resumed run continues it. Ranks always have the same
-    number of micro-batches; where the data run out, the last ones are smaller or empty.
+    number of micro-batches; where the data run out, the last ones are smaller or empty. With `sizes`, the tokens of
+    each bundle, what ranks compute at the same time is about the same; which bundles make up a step does not change.
     """
 
-    def __init__(self, size: int, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0, shuffle: bool):
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool,
+        sizes: Sequence[int] | None = None,
+    ):
+        self.sizes = sizes
         self.size, self.batch_size, self.rank, self.world = size, batch_size, rank, world
         self.seed, self.shuffle, self.drop_last = seed, shuffle, False
         self.epoch = 0
@@ -62,9 +99,14 @@ class RankSampler(BatchSampler):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
             order = torch.randperm(self.size, generator=generator).tolist()
-        for batch in range(len(self)):
-            start = (batch * self.world + self.rank) * self.batch_size
-            yield list(order[start : start + self.batch_size])
+        together = self.batch_size * self.world
+        for start in range(0, self.size, together):
+            rows = list(order[start : start + together])
+            if self.sizes is None or self.world == 1:
+                first = self.rank * self.batch_size
+                yield rows[first : first + self.batch_size]
+            else:
+                yield share(rows, self.sizes, world=self.world, most=self.batch_size)[self.rank]
 
 
 class EpochLoader(DataLoader):

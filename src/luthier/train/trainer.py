@@ -52,7 +52,8 @@ class Trainer(Guarding):
         """This rank's micro-batches."""
         if isinstance(self.train_dataset, Stream):
             return self._stream_loader(self.train_dataset)
-        return self._loader(self.train_dataset, self._train_batch_size, shuffle=self.shuffle)
+        sizes = self.train_dataset.sizes()
+        return self._loader(self.train_dataset, self._train_batch_size, shuffle=self.shuffle, sizes=sizes)
 
     def get_eval_dataloader(self, eval_dataset: str | Bundles | None = None) -> EpochLoader:
         """This rank's part of an evaluation set; no example is seen twice."""
@@ -79,7 +80,9 @@ class Trainer(Guarding):
         args.ignore_data_skip = True
         return loader
 
-    def _loader(self, dataset: Bundles, batch_size: int, *, shuffle: bool) -> EpochLoader:
+    def _loader(
+        self, dataset: Bundles, batch_size: int, *, shuffle: bool, sizes: Sequence[int] | None = None
+    ) -> EpochLoader:
         args = self.args
         sampler = RankSampler(
             len(dataset),
@@ -88,6 +91,7 @@ class Trainer(Guarding):
             world=args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=shuffle,
+            sizes=sizes,
         )
         workers = args.dataloader_num_workers
         return EpochLoader(
