@@ -42,7 +42,7 @@ RULES: dict[str, Refused] = {
     "hub_strategy": Refused(("every_save",), _UPLOAD),
     "hub_always_push": Refused((False,), _UPLOAD),
     "hub_revision": Refused((None,), _UPLOAD),
-    "restore_callback_states_from_checkpoint": Refused((True, False), "callbacks always go on where they were; leave it out"),
+    "restore_callback_states_from_checkpoint": Refused((True, False), "callbacks go on where they were; leave it out"),
     "accelerator_config": Refused((None,), "every process reads its own rows; leave the key out"),
     "parallelism_config": Refused((None,), "tensor and context parallelism are not supported yet; leave the key out"),
     "remove_unused_columns": Refused((False,), "a batch has no columns to remove; leave the key out"),
