@@ -166,9 +166,12 @@ def test_arguments(argv, config, overrides):
 
 
 def test_flags_of_verbs():
-    assert parse_command(["a.yaml"], "preview").flags == {"rows": None, "format": "text"}
+    defaults = {"rows": None, "count": 1000, "full": False, "plot": False, "format": "text"}
+    assert parse_command(["a.yaml"], "preview").flags == defaults
     command = parse_command(["--rows", "3", "a.yaml", "--format=jsonl", "x=1"], "preview")
-    assert command == ("a.yaml", ["x=1"], {"rows": 3, "format": "jsonl"})
+    assert command == ("a.yaml", ["x=1"], defaults | {"rows": 3, "format": "jsonl"})
+    assert parse_command(["--plot", "a.yaml"], "preview") == ("a.yaml", [], defaults | {"plot": True})
+    assert parse_command(["--plot=l.png", "a.yaml"], "preview").flags["plot"] == "l.png"
     assert parse_command(["--markdown"], "schema").flags == {"markdown": True, "compatibility": False}
     command = parse_command(["a.yaml", "--input", "in.jsonl", "--output", "out.jsonl"], "infer")
     assert command.flags == {"input": "in.jsonl", "output": "out.jsonl", "n": 1, "select": None}

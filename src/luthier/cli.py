@@ -29,7 +29,7 @@ class Flag:
 
     doc: str
     value: str = ""
-    """What its value is called in help."""
+    """What its value is called in help; in [brackets] where it may be left out, and is written --flag=VALUE."""
     kind: type = str
     choices: tuple[str, ...] = ()
     default: Any = None
@@ -63,10 +63,13 @@ VERBS: dict[str, Verb] = {
     "preview": Verb(
         "luthier.preview",
         "show what the model will see: tokens, and which of them are trained",
-        "luthier preview CONFIG [key=value ...] [--rows N] [--format text|jsonl]",
+        "luthier preview CONFIG [key=value ...] [--rows N] [--count N] [--full] [--plot] [--format text|jsonl]",
         "luthier preview examples/sft_lora.yaml --rows 3",
         {
-            "rows": Flag("how many examples to show", "N", int),
+            "rows": Flag("how many examples to show (3; in jsonl all)", "N", int),
+            "count": Flag("rows of each data set to count and measure (1000); 0 for all", "N", int, default=1000),
+            "full": Flag("shorten nothing", kind=bool, default=False),
+            "plot": Flag("also draw the lengths, as FILE or lengths.png in output_dir", "[FILE]", default=False),
             "format": Flag("coloured text, or one JSON object per example", "FORMAT", str, ("text", "jsonl"), "text"),
         },
     ),
@@ -276,7 +279,7 @@ def _complete(verb: str, config: str | None, overrides: list[str], flags: Mappin
 
 def _values(words: list[str], flag: Flag | None) -> list[str]:
     """The words after `--key` that are its values; they are taken off the list. A key of a run may have several."""
-    most = len(words) if flag is None else 1 if flag.value else 0
+    most = len(words) if flag is None else 1 if flag.value and not flag.value.startswith("[") else 0
     values: list[str] = []
     while words and len(values) < most and not words[0].startswith("--"):
         if values and ASSIGNMENT.match(words[0]):
@@ -292,7 +295,7 @@ def _one(values: list[str]) -> str:
 
 
 def _flag(name: str, flag: Flag, values: list[str]) -> Any:
-    if not flag.value:
+    if not flag.value or (flag.value.startswith("[") and not values):
         return True
     if not values:
         raise ConfigError(f"--{name} wants a value: --{name} {flag.value}.")
