@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
+import time
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 from tests.exact.runs import OBJECTIVES, furthest, items_for, objective_of, trainer_for, weights
 
 
+DEADLINE = 300
+"""Seconds; an idle machine needs 20."""
+
+
 def _rank(rank: int, port: int, folder: str) -> None:
+    # Where it waits for ever, if it does, is said before the test gives up on it.
+    faulthandler.dump_traceback_later(DEADLINE - 20, exit=True)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -42,11 +51,25 @@ def _trainer(name: str, folder: str, **extra):
     return trainer_for(name, folder, items=items, accumulate=2, ddp_find_unused_parameters=False, **extra)
 
 
+def _together(port: int, folder: str) -> None:
+    """Two processes, which end by the deadline or are ended."""
+    ranks = mp.start_processes(_rank, (port, folder), nprocs=2, join=False, start_method="spawn")
+    end = time.monotonic() + DEADLINE
+    try:
+        while not ranks.join(timeout=1):
+            if time.monotonic() > end:
+                pytest.fail(f"two ranks were not done after {DEADLINE} s; where they waited is on stderr")
+    finally:
+        for process in ranks.processes:
+            if process.is_alive():
+                process.kill()
+
+
 def test_two_ranks_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    _together(port, str(tmp_path))
     results = torch.load(tmp_path / "results.pt")
     for name in OBJECTIVES:
         alone = _trainer(name, f"{tmp_path}/alone-{name}", batch=2)
