@@ -92,17 +92,16 @@ def _spared(model: nn.Module, bits: int | None) -> int:
 def skeleton(run: Run) -> nn.Module:
     """The model with its adapter, on the meta device: shapes without numbers."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from luthier.core.registry import find
     from luthier.model.adapt import adapt
-    from luthier.model.load import read_settings
+    from luthier.model.load import auto_class, read_settings
 
     settings = read_settings(run.model)
     half = run.training.get("bf16") and find("adapters", run.adapter.finetuning_type).IS_ADAPTER
     dtype = torch.bfloat16 if run.train.pure_bf16 or half else torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = auto_class(settings).from_config(settings, dtype=dtype)
         # Earlier adapters change numbers, not shapes.
         fresh = replace(run.adapter, adapter_name_or_path=None)
         return adapt(model, fresh, run.adapter_keys, model_config=run.model, trainable=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.export import EXACT, ExportConfig, aside, logits_of, probe_tokens, save_whole, target_folder
-from luthier.model.load import ModelConfig, load_model, refuse_scratch
+from luthier.model.load import ModelConfig, load_model, refuse_scratch, sees
 from luthier.model.modules import layers
 from luthier.model.quantise import quantised
 from luthier.model.tokenizer import load_tokenizer
@@ -67,6 +67,8 @@ def expand(model_config: ModelConfig, config: ExportConfig, blocks: int) -> Path
     refuse_scratch(model_config)
     tokenizer = load_tokenizer(model_config)
     model = load_model(model_config, tokenizer=tokenizer)
+    if sees(model.config):
+        raise ModelError("model_name_or_path: the layers of a model that reads images cannot be copied yet.")
     if quantised(model):
         raise ModelError("model_name_or_path: the layers of a quantised model cannot be copied. Name the full model.")
     probes = probe_tokens(len(tokenizer))

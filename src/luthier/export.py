@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
-from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch
+from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch, sees
 from luthier.model.quantise import QuantConfig, loading
+from luthier.model.processor import KeepProcessor
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ def export(
     also, difference = "", 0.0
     with aside(target) as folder:
         save_whole(model, tokenizer, folder, config)
+        if sees(model.config):
+            KeepProcessor(model_config)(folder)
         saved = digests(model, dtype)
         del model
         moved, _ = _compare(logits, before)

@@ -152,14 +152,13 @@ def _with_head(run: Run) -> tuple[Run, Path]:
 
 
 def _load(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Renderer]:
-    from luthier.assemble import load_base
-    from luthier.data.template import make_renderer
+    from luthier.assemble import load_base, renderer_of
     from luthier.model.adapt import adapt
     from luthier.model.tokenizer import load_tokenizer
 
     quiet_libraries()
     tokenizer = load_tokenizer(run.model)
-    renderer = make_renderer(run.template, tokenizer)
+    renderer = renderer_of(run, tokenizer)
     device = _device(run)
     model = load_base(run, tokenizer, dtype=_dtype(run, device), device=device)
     return adapt(model, run.adapter, run.adapter_keys, model_config=run.model, trainable=False), tokenizer, renderer
