@@ -24,15 +24,19 @@ def exhausted(error: BaseException) -> bool:
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
+def peak(device: torch.device) -> float:
+    """Bytes: the most that tensors held of an accelerator, or on a CPU the process of the machine."""
+    if device.type != "cpu":
+        return float(torch.get_device_module(device).max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
 def used(device: torch.device) -> str:
     """The most that this process has held at once."""
-    if device.type == "cuda":
-        peak, kind = torch.cuda.max_memory_allocated(device), str(device)
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process"
-    return f"{kind} used up to {peak / 2**30:.2f} GiB"
+    kind = "the process" if device.type == "cpu" else str(device)
+    return f"{kind} used up to {peak(device) / 2**30:.2f} GiB"
 
 
 def checkpointed(args: TrainingArguments) -> bool:
