@@ -96,6 +96,29 @@ def test_a_stream_goes_on_at_the_row(tmp_path, model_folder):
         assert differing(expected, left_behind(folder)) == [], folder.name
 
 
+@pytest.mark.parametrize("stage", ["kto", "rm"])
+def test_a_survey_before_each_step_and_a_head_survive_a_kill(tmp_path, stage):
+    """With noise in the embeddings, which also the survey draws."""
+    options = {"batch": 1, "accumulate": 2, "optim": "adamw_torch", "lr": 1e-2, "neftune_noise_alpha": 5.0}
+    options |= {"save_strategy": "steps", "save_steps": 2, "layout": "padded"}
+    once = trainer_for(stage, tmp_path / "once", **options)
+    once.train()
+
+    def dies() -> None:
+        trainer = trainer_for(stage, tmp_path / "killed", **options)
+        step = trainer.training_step
+        trainer.training_step = lambda *args: os.kill(os.getpid(), 9) if trainer.state.global_step == 3 else step(*args)
+        trainer.train()
+
+    assert in_child(dies) == -signal.SIGKILL
+    again = trainer_for(stage, tmp_path / "killed", **options)
+    again.train(resume_from_checkpoint=str(checkpoint.last_whole(tmp_path / "killed")))
+    assert once.state.global_step == again.state.global_step == 6
+    assert furthest(weights(once), weights(again)) == 0.0
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (once, again)]
+    assert losses[0] == losses[1]
+
+
 # What the command line says
 
 
