@@ -9,8 +9,9 @@ when the same command is given again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from luthier.core.log import get_logger
 from luthier.resumable import append, make, progress, read_examples, resume
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from luthier.core.types import Encoded, Example
     from luthier.engines.best_of import Candidate
     from luthier.engines.sampling import GenerateConfig
@@ -45,6 +48,11 @@ class Question:
     label: str | None
     example: Example
 
+    @property
+    def images(self) -> list[str]:
+        """What the prompt shows, in order."""
+        return [named for message in self.example.prompt for named in message.media]
+
     def answered(self, predict: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """The line of the output."""
         line = {"row": self.row, "prompt": self.prompt, "predict": predict, **more}
@@ -63,10 +71,12 @@ def main(argv: Sequence[str]) -> int:
     select = _selection(command.flags["n"], command.flags["select"], run)
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
-    examples = read_examples(source, read_row, expected=EXPECTED)
+    examples = read_examples(source, read_shown, expected=EXPECTED)
     make(output)
     speaker = load_engine(run)
     questions = [question_of(row, example, speaker) for row, example in enumerate(examples)]
+    if select is not None and any(question.images for question in questions):
+        raise ConfigError(f"--n {command.flags['n']}: prompts with images are answered once each. Leave --n out.")
     choice = () if select is None else (command.flags["n"], select)
     asked = {question.row: (question.prompt, *choice) for question in questions}
     names = ("prompt", "n", "select")[: 1 + len(choice)]
@@ -79,7 +89,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_row(row: Mapping[str, Any]) -> Example:
-    """A row as an example, by its columns; raises BadRow."""
+    """A row as an example, by its columns; raises BadRow, also for one that shows images."""
+    from luthier.data.source import BadRow
+
+    example = read_shown(row)
+    if any(message.media for message in example.prompt):
+        raise BadRow("images are answered by `luthier infer` only")
+    return example
+
+
+def read_shown(row: Mapping[str, Any]) -> Example:
+    """A row as an example, by its columns, with the images it shows; raises BadRow."""
     from luthier.core.registry import find
 
     name, columns = _shape(row)
@@ -102,10 +122,23 @@ def infer(
                     sampling,
                     speaker.renderer.stop_ids,
                     seeds=[_seed(speaker.seed, question.row) for question in window],
+                    media=shown(window, speaker),
                 )
                 texts = [speaker.engine.text(ids, sampling) for ids in answers]
                 append(file, (question.answered(text, {}) for question, text in zip(window, texts)))
             advance(len(window))
+
+
+def shown(questions: Sequence[Question], speaker: Speaker) -> dict[int, Callable[[], Mapping[str, Tensor]]]:
+    """For each question that shows images, by its place: what makes the tensors that the model is given of them."""
+    from luthier.data.processor_template import ProcessorRenderer
+
+    renderer, made = speaker.renderer, {}
+    for place, question in enumerate(questions):
+        if question.images:
+            assert isinstance(renderer, ProcessorRenderer)
+            made[place] = partial(renderer.vision.row, question.images, question.ids)
+    return made
 
 
 class Chooser:
@@ -203,11 +236,12 @@ def _shape(row: Any) -> tuple[str, Any]:
     """The format of a row by its columns, and how that format is to read them."""
     from luthier.data.source import COLUMNS, Columns
 
+    media = {"images": "images", "videos": "videos", "audios": "audios"}
     if "messages" in row:
-        return "openai", Columns({**COLUMNS, "messages": "messages", "system": "system", "tools": "tools"})
+        return "openai", Columns({**COLUMNS, **media, "messages": "messages", "system": "system", "tools": "tools"})
     if "conversations" in row:
-        return "sharegpt", Columns({**COLUMNS, "system": "system", "tools": "tools"})
-    names = {**COLUMNS, "system": "system", "history": "history", "tools": "tools"}
+        return "sharegpt", Columns({**COLUMNS, **media, "system": "system", "tools": "tools"})
+    names = {**COLUMNS, **media, "system": "system", "history": "history", "tools": "tools"}
     if "instruction" in row:
         return "alpaca", Columns(names)
     answer = next((name for name in ("response", "output", "label") if name in row), None)
@@ -218,8 +252,18 @@ def _shape(row: Any) -> tuple[str, Any]:
 
 def question_of(row: int, example: Example, speaker: Speaker) -> Question:
     """A row as the model is given it. Raises DataError."""
+    from luthier.data.processor_template import ProcessorRenderer
+    from luthier.data.source import BadRow
+
+    if any(message.media for message in example.prompt) and not isinstance(speaker.renderer, ProcessorRenderer):
+        raise DataError(
+            f"--input, row {row + 1}: shows images, and this run cannot show them to the model. That takes a model of "
+            "images and text, and the chat template of its own processor: leave `template` out."
+        )
     try:
         ids = speaker.renderer.prompt(example.prompt, system=example.system, tools=example.tools)
+    except BadRow as bad:
+        raise DataError(f"--input, row {row + 1}: {bad.reason}: {bad.detail}") from None
     except LuthierError as error:
         raise DataError(f"--input, row {row + 1}: {error}") from error
     label = example.answers[0].messages[-1].content if example.answers else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class Look:
     """The terminal knows no other characters."""
     full: bool = False
     """Nothing is shortened."""
+    images: tuple[int, ...] = ()
+    """Tokens that stand for images; those of an image that follow each other are shown as one and counted."""
     column: str | None = None
     """The per-token value that the stage learns, if it does."""
 
@@ -65,6 +67,7 @@ class Look:
 
 def example(look: Look, row: int, encoded: Encoded, origin: str) -> RenderableType:
     """One example: its figures, then its text. Two branches stand below each other, more of them as a tree."""
+    look = replace(look, images=tuple(encoded.extra.get("media", {}).get("ids", ())))
     roots = pieces(encoded, look.column)
     head = _head(row, encoded, origin, roots)
     if sum(root.leaves for root in roots) <= 2:
@@ -200,6 +203,9 @@ def _words(look: Look, ids: Sequence[int]) -> Iterator[tuple[str, bool]]:
             continue
         for token, repeated in itertools.groupby(group):
             count = len(list(repeated))
+            if token in look.images and not look.full:
+                yield f"[image: {count:,} tokens]", True
+                continue
             name = _visible(look, str(look.tokenizer.convert_ids_to_tokens(token)))
             shown = 1 if count >= REPEATED and not look.full else count
             yield from [(name, True)] * shown

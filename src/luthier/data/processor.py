@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core.errors import ConfigError, ModelError
+from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.data.media import MediaConfig, Pictures
 from luthier.data.source import BadRow
 
@@ -80,6 +80,16 @@ class Vision:
         if self._kinds is None:
             return {}
         return {self._kinds: torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))}
+
+    def row(self, images: Sequence[str], ids: Sequence[int]) -> dict[str, Tensor]:
+        """What the forward call is given beside the ids of one row that shows these images. Raises DataError."""
+        import torch
+
+        try:
+            tensors, _ = self.tensors([images])
+        except BadRow as bad:
+            raise DataError(f"{bad.reason}: {bad.detail}") from None
+        return tensors | self.kinds(torch.tensor([ids]))
 
     def fingerprint(self) -> str:
         """Everything that decides how many tokens an image becomes, but for the image."""

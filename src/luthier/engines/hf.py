@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -48,22 +48,28 @@ class Engine:
         *,
         seeds: Sequence[int] | None = None,
         keep_stop: bool = False,
+        media: Mapping[int, Callable[[], Mapping[str, Tensor]]] | None = None,
     ) -> list[list[int]]:
         """The answer to each prompt, in order, without what follows the stop token, and without that token itself
         unless `keep_stop`.
 
         Prompts are batched by length, `infer_batch_size` at a time. An answer depends on its prompt and on its
         seed (`seeds`, one per prompt; by default 0, 1, 2 ...), not on what shares the batch; only sampling with
-        beams draws from torch's global generator. Raises DataError for a prompt that leaves no room for an answer.
+        beams draws from torch's global generator. media: for prompts that show images, by place, what makes the
+        tensors the model is given of them; each has a batch of its own. Raises DataError for a prompt that leaves no
+        room for an answer.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         rooms = [self._room(prompt, sampling) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         with self._speaking():
-            for rows in self._batches([len(prompt) for prompt in prompts], rooms, sampling.infer_batch_size):
+            for rows in self._batches(
+                [len(prompt) for prompt in prompts], rooms, sampling.infer_batch_size, media or ()
+            ):
                 new_tokens = max(rooms[i] for i in rows)
+                shown = media[rows[0]]() if media and rows[0] in media else {}
                 new = self._batch(
-                    [prompts[i] for i in rows], sampling, stop_ids, new_tokens, seeds=[seeds[i] for i in rows]
+                    [prompts[i] for i in rows], sampling, stop_ids, new_tokens, [seeds[i] for i in rows], shown
                 )
                 for i, ids in zip(rows, new):
                     answers[i] = _until_stop(ids[: rooms[i]], stop_ids, keep_stop)
@@ -91,10 +97,13 @@ class Engine:
         """Generated ids as text, spaces left as they are."""
         return _decode(self.tokenizer, ids, sampling.skip_special_tokens)
 
-    def _batches(self, lengths: Sequence[int], rooms: Sequence[int], size: int) -> Iterator[list[int]]:
+    def _batches(
+        self, lengths: Sequence[int], rooms: Sequence[int], size: int, alone: Container[int] = ()
+    ) -> Iterator[list[int]]:
         """Prompts of like length, the longest first, and never one that would run past the context with the others."""
+        yield from ([i] for i in range(len(lengths)) if i in alone)
         batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        for i in sorted((i for i in range(len(lengths)) if i not in alone), key=lambda i: lengths[i], reverse=True):
             over = bool(batch) and self.context is not None and lengths[batch[0]] + rooms[i] > self.context
             if over or len(batch) == size:
                 yield batch
@@ -121,14 +130,21 @@ class Engine:
         sampling: GenerateConfig,
         stop_ids: Sequence[int],
         new_tokens: int,
-        *,
         seeds: Sequence[int],
+        shown: Mapping[str, Tensor],
     ) -> list[list[int]]:
         ids, mask = _pad_left(prompts, self._base.device)
+        media = {name: self._placed(tensor) for name, tensor in shown.items()}
         config = sampling.to_hf(new_tokens=new_tokens, stop_ids=stop_ids, pad_id=self._pad_id(stop_ids))
         steps = _sampler(sampling, seeds)
-        out = self._base.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=steps)
+        out = self._base.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=steps, **media
+        )
         return out[:, ids.shape[1] :].tolist()
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Where the model is, in its number format."""
+        return tensor.to(self._base.device, self._base.dtype if tensor.is_floating_point() else None)
 
     def _tokens(
         self, prompt: Sequence[int], sampling: GenerateConfig, stop_ids: Sequence[int], seed: int

@@ -49,12 +49,12 @@ def verify(setup: PolicySetup, batch: Batch) -> Verdict:
     model = setup.model
     # The model's own forward is causal: whether masks are honoured shows without the blocks.
     batch = replace(batch, block=None)
-    plainly = _seen if batch.media else _plain
     training = model.training
     model.eval()
     try:
         with setup.autocast():
             shared = setup.bind().logps(batch)
+            rows = _rows(setup, batch) if batch.media else None
         worst, compared, tokens = 0.0, 0, 0
         for answer in range(batch.answers):
             path = path_of(batch, answer)
@@ -64,7 +64,7 @@ def verify(setup: PolicySetup, batch: Batch) -> Verdict:
             if tokens and tokens + len(path) > MOST_TOKENS:
                 break
             tokens += len(path)
-            plain = plainly(setup, batch, path, edges)
+            plain = _plain(setup, batch, path, edges, rows)
             difference = (plain - shared[edges].to(plain.dtype)).abs().max()
             # NaN compares false with everything and must not pass for equal.
             worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
@@ -85,26 +85,24 @@ def path_of(batch: Batch, answer: int) -> Tensor:
     return index[on_path] + row * width
 
 
-def _plain(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor) -> Tensor:
+def _plain(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor, rows: Tensor | None) -> Tensor:
     ids = batch.ids.reshape(-1)[path]
-    with setup.autocast():
-        logits = setup.model(input_ids=ids[None], use_cache=False).logits[0]
+    if rows is not None:
+        logits = rows[int(path[0]) // batch.ids.shape[1], : len(path)]
+    else:
+        with setup.autocast():
+            logits = setup.model(input_ids=ids[None], use_cache=False).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nodes = batch.target[batch.edge[edges]]
     depth = torch.searchsorted(path, nodes)
     return logits[depth - 1].log_softmax(-1).gather(-1, ids[depth][:, None])[:, 0]
 
 
-def _seen(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor) -> Tensor:
-    """As `_plain`, of rows with images: which image is whose cannot be told from here, so all rows are computed."""
-    length, row = len(path), int(path[0]) // batch.ids.shape[1]
+def _rows(setup: PolicySetup, batch: Batch) -> Tensor:
+    """The model's logits of padded rows, [R, T, V], the padding masked: of rows with images, since which image is
+    whose cannot be told from here."""
     real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.end[:, :1]
     dtype = setup.model.get_input_embeddings().weight.dtype
     media = media_arguments(batch, attention.choose(batch), dtype)
     with setup.autocast():
-        logits = setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits
-    logits = logits[row, :length]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    depth = torch.searchsorted(path, batch.target[batch.edge[edges]])
-    ids = batch.ids.reshape(-1)[path]
-    return logits[depth - 1].log_softmax(-1).gather(-1, ids[depth][:, None])[:, 0]
+        return setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits

@@ -16,7 +16,7 @@ from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.plan import Choice, choose_layout, pack
 from luthier.model.policy import PolicySetup
-from luthier.model.verify import Verdict, verify
+from luthier.model.verify import MOST_TOKENS, Verdict, verify
 from luthier.train.sampler import Bundles, Collator, Complete
 
 log = get_logger("train")
@@ -87,6 +87,8 @@ def lay_out(
     log.info(choice.reason())
     layout = choice.layout
     first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
+    while lay is not collate and len(first) > 1 and sum(len(p.ids) for e, _ in first for p in e.paths) > MOST_TOKENS:
+        first.pop()  # rows with images are compared all together
     for attempt in dict.fromkeys((layout, "padded")) if check else ():
         device = next(setup.model.parameters()).device
         batch = lay(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
