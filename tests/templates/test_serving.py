@@ -58,7 +58,7 @@ def prompts(renderer, talk):
 
 
 def bind(tok, name, **keys):
-    return make_renderer(TemplateConfig(template=name, **keys), tok)
+    return make_renderer(TemplateConfig(template=name, **{"branch_thinking": True, **keys}), tok)
 
 
 WAYS = [(name, True, False) for name in SHAPES if name not in REASONING] + [
@@ -105,9 +105,12 @@ def test_thoughts_leave_history_unless_preserved(name, tok):
 
 @pytest.mark.parametrize("name", REASONING)
 def test_one_branch_for_each_turn_that_changes_its_face(name, tok):
-    renderer = make_renderer(TemplateConfig(template=name), tok)
+    renderer = bind(tok, name)
     talk = talk_of(name, thoughts=True)
     assert [len(branch) for branch in renderer.branches(talk)] == [1, 1, 1]
+    one_sequence = bind(tok, name, branch_thinking=False)
+    assert one_sequence.branches(talk) == [one_sequence.pairs(talk)]
+    assert [len(branch) for branch in one_sequence.branches(talk)] == [3]
     kept = make_renderer(TemplateConfig(template=name, preserve_thinking=True), tok)
     assert [len(branch) for branch in kept.branches(talk)] == [3]
     assert kept.branches(talk) == [kept.pairs(talk)]

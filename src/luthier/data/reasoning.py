@@ -26,6 +26,7 @@ class Reasoning:
     words: tuple[str, str]
     enable: bool | None
     preserve: bool
+    branch: bool
     empty: str
     """A thought with nothing in it."""
 

@@ -82,9 +82,9 @@ class SlotRenderer:
         return pairs
 
     def branches(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[list[Pair]]:
-        """See Renderer. Thoughts vanish from history unless `preserve_thinking`; then a turn that shows another face
-        later is a branch of its own."""
-        if self._reasoning is None or self._reasoning.preserve:
+        """See Renderer. With `branch_thinking` thoughts vanish from history, and a turn that shows another face later is
+        a branch of its own."""
+        if self._reasoning is None or self._reasoning.preserve or not self._reasoning.branch:
             return [self.pairs(messages, system=system, tools=tools)]
         branches: list[list[Pair]] = []
         path: Ids = []
@@ -237,4 +237,6 @@ class SlotRenderer:
 
 def _reasoning(template: Template, config: TemplateConfig) -> Reasoning:
     empty = "".join(template.thought_words) if template.empty_thought is None else template.empty_thought
-    return Reasoning(template.thought_words, config.enable_thinking, config.preserve_thinking, empty)
+    return Reasoning(
+        template.thought_words, config.enable_thinking, config.preserve_thinking, config.branch_thinking, empty
+    )

@@ -35,8 +35,12 @@ class TemplateConfig:
     """Reasoning templates. true: thoughts are trained, turns without one train an empty one; false: thoughts are
     removed and an empty one stands in the prompt; null: thoughts are kept, an empty one in the prompt if missing."""
     preserve_thinking: bool = False
-    """Reasoning templates: the model goes on seeing the thoughts of its earlier turns. Off: they vanish from history,
-    in chat and in training, where each turn becomes a branch of its own."""
+    """Reasoning templates: the model goes on seeing the thoughts of its earlier turns. Off: they vanish from history
+    when the model is asked, and where only the last response is trained."""
+    branch_thinking: bool = False
+    """Reasoning templates over several turns: train each response after the history that it will be asked with, from
+    which thoughts have vanished, as a branch of its own. Off: one sequence that keeps every thought, as LLaMA-Factory
+    trains it. The tokenizer's own template always branches."""
     tool_format: str | None = None
     """How tools and their calls are written, a name of tool_formats/ (default, qwen, llama3, mistral, glm4 ...);
     unset: the template's way."""
