@@ -12,7 +12,7 @@ from luthier.core import manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
-from luthier.model import parts, pissa
+from luthier.model import modality, pissa
 from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch, sees
 from luthier.model.modules import as_names, embeddings, tied
 from luthier.model.processor import KeepProcessor
@@ -109,10 +109,10 @@ def adapt(
         model = attach(model, folders[-1], trainable=True)
     else:
         if method.IS_ADAPTER:
-            keys = parts.aimed(model, keys, config.still)
+            keys = modality.aimed(model, keys, config.still)
         model = method.apply(model, keys, also=_also(model, config, model_config), seed=seed)
         if not method.IS_ADAPTER:
-            parts.hold_still(model, config.still)
+            modality.hold_still(model, config.still)
     return _ready(model, upcast=upcast, config=model_config)
 
 
