@@ -181,7 +181,7 @@ def test_only_hybrid_sees_the_verifier(layout, tmp_path):
 def test_every_path_spells_its_own_tokenisation(tmp_path):
     """Cut at any character, also inside emoji: a path is exactly what tokenising the cut text alone gives."""
     rng = random.Random(8)
-    rows = some_rounds(9, 300)
+    rows = some_rounds(9, 1400)
     for row in rows:
         row["context_len"] = rng.randint(1, len("USER: {}\nASSISTANT:{}".format(*TEXTS[row["req_id"]])))
     rows = [row for row in rows if row["mismatch_index"]]
