@@ -1,0 +1,229 @@
+"""Ids, labels and tensors of rows with images, against what the model's own processor and forward call make of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from luthier.core.errors import ConfigError, DataError, TemplateError
+from luthier.core.types import Answer, Example, Message
+from luthier.data.media import MediaConfig
+from luthier.data.media_batch import MediaCollate
+from luthier.data.processor import Vision
+from luthier.data.processor_template import ProcessorRenderer
+from luthier.data.source import BadRow
+from luthier.data.template import TemplateConfig
+from luthier.model.policy import PolicySetup
+from luthier.model.verify import verify
+from luthier.objectives.sft import Sft, SftConfig
+
+FAMILIES = ["llava", "idefics3", "qwen2_vl"]
+SMALL = MediaConfig(image_min_pixels=1)
+
+
+@pytest.fixture
+def family(request):
+    return request.getfixturevalue(request.param)
+
+
+def vision_of(family, pictures, config=SMALL):
+    return Vision(family.processor, config, pictures)
+
+
+def example(*turns, answer="It is red."):
+    messages = tuple(Message(role, text, media=tuple(images)) for role, text, *images in turns)
+    return Example(messages, (Answer((Message("assistant", answer),)),))
+
+
+def encode(vision, each, cutoff_len=2048, **keys):
+    renderer = ProcessorRenderer(TemplateConfig(), vision)
+    found = Sft(SftConfig(**keys)).encode(each, renderer, cutoff_len=cutoff_len)
+    return renderer.settle(each, found, cutoff_len=cutoff_len)
+
+
+def theirs(family, pictures, each):
+    """What transformers makes of the whole conversation, in one call."""
+    from PIL import Image
+
+    talk = []
+    for message in (*each.prompt, *each.answers[0].messages):
+        texts = message.content.split("<image>") if message.media else [message.content]
+        parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
+        talk.append({"role": message.role, "content": parts})
+    images = [Image.open(pictures / name).convert("RGB") for message in each.prompt for name in message.media]
+    text = family.processor.apply_chat_template(talk)
+    return text, family.processor(
+        text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=False
+    )
+
+
+TWO = example(
+    ("user", "<image>What is this?", "red.png"),
+    ("assistant", "A disc."),
+    ("user", "And <image> or <image>?", "blue.png", "red.png"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_ids_are_the_processors_own_and_answers_alone_are_trained(family, pictures):
+    (encoded,) = encode(vision_of(family, pictures), TWO)
+    (path,) = encoded.paths
+    text, made = theirs(family, pictures, TWO)
+    assert path.ids == made["input_ids"][0].tolist()
+    assert text.count(family.processor.image_token) == 3
+    trained = [token for token, weight in zip(path.ids, path.weights) if weight]
+    # The line break after a turn belongs to the template, which writes it before the next one.
+    said = family.processor.tokenizer.decode(trained)
+    assert said == "A disc.<|im_end|>\nIt is red.<|im_end|>\n"
+    assert set(path.weights) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_image_tokens_are_never_trained(family, pictures):
+    (encoded,) = encode(vision_of(family, pictures), TWO, train_on_prompt=True)
+    (path,) = encoded.paths
+    image = family.processor.image_token_id
+    assert {weight for token, weight in zip(path.ids, path.weights) if token == image} == {0.0}
+    assert {weight for token, weight in zip(path.ids, path.weights) if token != image} == {1.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_the_prompt_of_inference_is_that_of_training(family, pictures):
+    renderer = ProcessorRenderer(TemplateConfig(), vision_of(family, pictures))
+    (encoded,) = encode(vision_of(family, pictures), TWO)
+    prompt = renderer.prompt(TWO.prompt)
+    assert prompt == encoded.paths[0].ids[: len(prompt)]
+    assert family.processor.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_loss_and_gradients_are_those_of_transformers(family, pictures):
+    """Three rows of different lengths, one without images, in one padded batch; each alone through the model's own
+    forward with labels."""
+    vision = vision_of(family, pictures)
+    one = example(("user", "Hello <image>", "blue.png"), answer="Blue, I say, and long.")
+    rows = [TWO, one, example(("user", "Hi"))]
+    items = [(encode(vision, each)[0], str(nth)) for nth, each in enumerate(rows)]
+    model = copy.deepcopy(family.model).double().train()
+    total = sum(sum(weight > 0 for weight in path.weights) for encoded, _ in items for path in encoded.paths)
+    wanted, told = torch.zeros((), dtype=torch.float64), 0.0
+    for each, (encoded, _) in zip(rows, items):
+        _, made = theirs(family, pictures, each)
+        labels = torch.tensor([[t if w else -100 for t, w in zip(encoded.paths[0].ids, encoded.paths[0].weights)]])
+        inputs = {name: value.double() if value.is_floating_point() else value for name, value in made.items()}
+        out = model(**inputs, labels=labels, num_items_in_batch=total)
+        told += float(out.loss.detach())  # in float32, whatever the model is in
+        wanted = wanted + cross_entropy(out.logits[0, :-1], labels[0, 1:], reduction="sum") / total
+    model.zero_grad()
+    wanted.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    setup = PolicySetup(model)
+    try:
+        batch = MediaCollate(pickle.loads(pickle.dumps(vision)))(items, layout="padded", pad_id=3)
+        assert verify(setup, batch).difference < 1e-10
+        model.zero_grad()
+        loss, _ = Sft(SftConfig()).loss(setup.bind(), batch)
+        loss.backward()
+    finally:
+        setup.close()
+    assert abs(loss.item() - wanted.item()) < 1e-10 and abs(loss.item() - told) < 1e-5
+    assert any("vision" in name or "visual" in name for name in gradients)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+
+
+def test_an_image_that_would_be_cut_is_refused_with_a_count(llava, pictures):
+    """The response is kept and the prompt cut from the right, so that it ends with its last image token, or before."""
+    each = example(("user", "one <image><image> two three four five", "red.png", "blue.png"))
+    path = encode(vision_of(llava, pictures), each)[0].paths[0]
+    last = max(at for at, token in enumerate(path.ids) if token == llava.processor.image_token_id)
+    answer = sum(map(bool, path.weights))
+    (encoded,) = encode(vision_of(llava, pictures), each, cutoff_len=last + 1 + answer)
+    assert encoded.paths[0].ids[last] == llava.processor.image_token_id and encoded.truncated > 0
+    with pytest.raises(BadRow, match=f"images do not fit into cutoff_len={last + answer}") as caught:
+        encode(vision_of(llava, pictures), each, cutoff_len=last + answer)
+    assert "2 images of 8 tokens" in caught.value.detail
+
+
+def test_a_long_answer_may_be_cut(llava, pictures):
+    each = example(("user", "<image>What?", "red.png"), answer="one two three " * 20)
+    whole = encode(vision_of(llava, pictures), each)[0].paths[0].ids
+    (encoded,) = encode(vision_of(llava, pictures), each, cutoff_len=len(whole) - 3)
+    assert encoded.truncated == 3 and encoded.paths[0].ids == whole[:-3]
+
+
+def test_turns_with_images_that_fall_out_of_history_are_a_refusal(llava, pictures):
+    whole = encode(vision_of(llava, pictures), TWO)[0].paths[0].ids
+    start = llava.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    second = [at for at, token in enumerate(whole) if token == start][2]
+    with pytest.raises(BadRow, match="images do not fit"):
+        encode(vision_of(llava, pictures), TWO, cutoff_len=len(whole) - second, mask_history=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "detail"),
+    [
+        ("none.png", "an image that is not there", "none.png"),
+        ("broken.png", "an image that cannot be read", "broken.png"),
+        ("base64:!!", "an image that cannot be read", "in the row itself"),
+    ],
+)
+def test_images_that_are_missing_or_broken(llava, pictures, name, reason, detail):
+    with pytest.raises(BadRow, match=reason) as caught:
+        encode(vision_of(llava, pictures), example(("user", "<image>", name)))
+    assert detail in caught.value.detail
+
+
+def test_a_word_that_means_an_image_is_no_text(llava, pictures):
+    with pytest.raises(TemplateError, match="'<image>', which stands for an image"):
+        encode(vision_of(llava, pictures), example(("user", "write <image> here")))
+
+
+def test_a_template_that_drops_images_is_refused(llava, pictures, monkeypatch):
+    monkeypatch.setattr(llava.processor, "chat_template", llava.processor.chat_template.replace("<image>", ""))
+    monkeypatch.setattr(llava.processor.tokenizer, "chat_template", None)
+    with pytest.raises(TemplateError, match="writes 0 images of a conversation that shows 1"):
+        encode(vision_of(llava, pictures), example(("user", "<image>?", "red.png")))
+
+
+def test_an_image_that_changed_since_encoding_is_named(qwen2_vl, pictures, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "red.png").write_bytes((pictures / "red.png").read_bytes())
+    (encoded,) = encode(vision_of(qwen2_vl, tmp_path), example(("user", "<image>", "red.png")))
+    Image.new("RGB", (100, 100)).save(tmp_path / "red.png")
+    collate = MediaCollate(vision_of(qwen2_vl, tmp_path))
+    with pytest.raises(DataError, match="row 7: its images become .* overwrite_cache"):
+        collate([(encoded, "row 7")], layout="padded", pad_id=3)
+    (tmp_path / "red.png").unlink()
+    with pytest.raises(DataError, match="row 7: an image that is not there"):
+        collate([(encoded, "row 7")], layout="padded", pad_id=3)
+
+
+def test_pixel_limits_are_llamafactorys(pictures):
+    """One factor for both sides, each side rounded down (`_preprocess_image` of its mm_plugin)."""
+    from luthier.data.media import Pictures
+
+    sizes = [Pictures(pictures, MediaConfig(image_max_pixels=500, image_min_pixels=100))(name).size
+             for name in ("red.png", "blue.png", "dot.png")]  # fmt: skip
+    # sqrt(500 / 1800) = 0.527; sqrt(100 / 64) = 1.25
+    assert sizes == [(31, 15), (15, 31), (10, 10)]
+
+
+def test_pixel_limits_decide_how_many_tokens(qwen2_vl, pictures):
+    counts = [vision_of(qwen2_vl, pictures, MediaConfig(image_max_pixels=most, image_min_pixels=1)).expanded("red.png")
+              for most in (60 * 30, 28 * 28)]  # fmt: skip
+    # 60 x 30 becomes 56 x 28, two merged patches of 28 x 28; 39 x 19 becomes 28 x 28, one.
+    assert [count for _, count in counts] == [2, 1]
+
+
+@pytest.mark.parametrize("key", ["image_do_pan_and_scan", "crop_to_patches"])
+def test_a_wish_that_the_processor_does_not_know_is_refused(llava, pictures, key):
+    with pytest.raises(ConfigError, match=f"{key}: true"):
+        vision_of(llava, pictures, MediaConfig(**{key: True}))
