@@ -218,7 +218,7 @@ def test_python_does_what_the_command_line_does(verb, tmp_path):
     path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\n")
     values = {
         "learning_rate": 1e-5,
-        "template": "no",
+        "adapter_folder": "no",
         "lora_target": ["q_proj"],
         "default_system": "a: b # c",
         "seed": 3,
@@ -227,7 +227,7 @@ def test_python_does_what_the_command_line_does(verb, tmp_path):
     luthier.train({"model_name_or_path": "m", "dataset": "d", "output_dir": "o"} | values)
     for run in runs:
         assert run.training["learning_rate"] == 1e-5 and run.training["seed"] == 3
-        assert (run.template.template, run.template.default_system) == ("no", "a: b # c")
+        assert (run.adapter.adapter_folder, run.template.default_system) == ("no", "a: b # c")
         assert run.adapter_keys.lora_target == ["q_proj"]
     assert len(runs) == 2 and luthier.resolve is resolve
     with pytest.raises(AttributeError):

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from luthier.core.config import Given, Problem, Settled
+from luthier.core.errors import ConfigError
 from luthier.core.objective import Objective
+from luthier.data.template import AUTO, find_template
 from luthier.rules import EVALUATES, NEEDS_DATA, RULES, TRAINS, Keys
 from luthier.train.config import TrainConfig
 from luthier.train.sense import Complaint, complaints
@@ -37,6 +39,7 @@ def evaluates_only(keys: Mapping[str, Any]) -> bool:
 
 def _all(keys: Keys, settled: Settled, objective: type[Objective] | None, verb: str) -> Iterator[Complaint]:
     yield from _missing(keys, verb)
+    yield from _template(keys)
     for rule in RULES:
         if (not rule.verbs or verb in rule.verbs) and rule.broken(keys):
             yield rule.keys, rule.text.format_map(keys)
@@ -53,6 +56,16 @@ def _missing(keys: Keys, verb: str) -> Iterator[Complaint]:
         yield ("output_dir",), "is not set. Say where the run is written, such as saves/my-first-run."
     if verb in NEEDS_DATA and not (keys["dataset"] or keys["eval_dataset"] or keys["tokenized_path"]):
         yield ("dataset",), "is not set. Name data sets of dataset_info.json, or a file."
+
+
+def _template(keys: Keys) -> Iterator[Complaint]:
+    """A template that the catalogue does not have; unset or auto, the tokenizer's own is found when it is loaded."""
+    if keys["template"] in (None, AUTO):
+        return
+    try:
+        find_template(keys["template"])
+    except ConfigError as error:
+        yield ("template",), str(error).removeprefix("template: ")
 
 
 def _evaluates_nothing(keys: Keys, training: Mapping[str, Any]) -> Iterator[Complaint]:

@@ -23,6 +23,7 @@ TRAINS = ("train", "check")
 EVALUATES = (*TRAINS, "eval")
 NEEDS_DATA = (*EVALUATES, "preview")
 REFERENCE_FREE = ("orpo", "simpo")
+LAYOUTS = ("auto", "padded", "packed", "shared")
 
 
 class Keys(Mapping[str, Any]):
@@ -112,6 +113,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("mask_history", "stage"), lambda k: k.stray("mask_history"), _ONLY_SFT),
     Rule(("packing", "neat_packing"), lambda k: k["neat_packing"] and k["packing"] is False,
          "packing is false, and neat_packing asks for it. Keep one of the two.", ()),
+    Rule(("cutoff_len",), lambda k: k["cutoff_len"] < 1, "expected at least 1 token, got {cutoff_len}.", ()),
+    Rule(("layout",), lambda k: k["layout"] not in LAYOUTS,
+         f"there is no layout {{layout!r}}. There are: {', '.join(LAYOUTS)}.", ()),
     Rule(("layout", "packing", "neat_packing"),
          lambda k: k["layout"] == "padded" and (k["packing"] or k["neat_packing"]),
          "padded means one answer per row, and packing several. Keep one.", ()),

@@ -178,7 +178,7 @@ def _refusals(table: Mapping[str, Refused]) -> list[str]:
 
 def _rule(rule: rules.Rule) -> str:
     """A rule's words, with the names of keys where a message has their values."""
-    return _cell(re.sub(r"\{(\w+)\}", r"*\1*", rule.text))
+    return _cell(re.sub(r"\{(\w+)[^}]*\}", r"*\1*", rule.text))
 
 
 def _intro(config: type) -> str:

@@ -92,6 +92,11 @@ def test_source_is_verbatim(tmp_path):
         ("- speed\n", ["key: value", "a list"]),
         ("speed\n", ["key: value"]),
         ("speed: ${nothing}\n", [":1: speed", "nothing"]),
+        ("gears: 1\nspeed: ${\n", [":2: speed"]),
+        ("speed: " + "[" * 2000 + "]" * 2000, ["nested"]),
+        ("parts: " + "[" * 40 + "]" * 40, [":1: parts", "nested deeper than 32 levels"]),
+        ("gears: " + "9" * 5000 + "\n", ["cannot be read"]),
+        ("speed: !!timestamp 2024-13-45\n", ["car.yaml"]),
     ],
 )
 def test_broken_yaml_is_said_with_its_line(tmp_path, text, words):
@@ -142,6 +147,7 @@ def test_json_with_lines(tmp_path):
         ("x=C:\\models", "C:\\models"),
         ("x=a=b", "a=b"),
         ("x=true", True),
+        ("x=$5", "$5"),
     ],
 )
 def test_values_on_the_command_line(override, value):
@@ -155,6 +161,26 @@ def test_overrides_win_reach_inside_and_interpolate():
     for wrong in (["x"], ["=1"], ["x.y=1"]):
         with pytest.raises(ConfigError, match="command line"):
             read({"x": 1}, wrong)
+
+
+@pytest.mark.parametrize("value", ["${", "${oc.env", "[" * 3000])
+def test_a_command_line_that_cannot_be_read(value):
+    try:
+        read({"x": 0}, [f"x={value}"])
+    except ConfigError as error:
+        assert "x" in str(error)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/a.yaml", "x" * 300, "a\0b.yaml"])
+def test_names_that_no_file_system_takes(name):
+    with pytest.raises(ConfigError, match="no configuration file"):
+        read(name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")], {"a": float("nan")}])
+def test_numbers_are_finite(value):
+    with pytest.raises(ValueError, match="finite"):
+        coerce(Any, value)
 
 
 def test_dump_is_read_back_by_any_yaml_reader():

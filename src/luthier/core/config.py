@@ -25,6 +25,10 @@ from luthier.core.source import Given, Source, dump, read
 __all__ = ["Given", "Key", "Owner", "Problem", "Settled", "Source", "dump", "field_docs", "keys_of", "read", "settle"]
 
 
+LONGEST = 100
+"""Characters of a value that a message shows."""
+
+
 @dataclass(frozen=True)
 class Key:
     """One key that a user may write."""
@@ -161,6 +165,15 @@ def refuse(source: Source, problems: Iterable[Problem]) -> None:
         raise ConfigError("\n".join([f"{count} in {source.name}:", *(f"  {line}" for line in lines)]))
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut short."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def _in_file_order(problem: Problem) -> tuple[int, int]:
     line = problem.place.rpartition(":")[2]
     return (0, int(line)) if line.isdigit() else (1, 0)
@@ -196,7 +209,7 @@ class _Gate:
         if key in self.renamed:
             return self.rename(key, value)
         if key in self.refused and not self.refused[key].takes(value):
-            self.complain(key, f"{self.refused[key].why} (got {value!r})")
+            self.complain(key, f"{self.refused[key].why} (got {shown(value)})")
         return key in self.refused
 
     def rename(self, key: str, value: Any) -> bool:
@@ -223,9 +236,9 @@ class _Gate:
         except ValueError:
             near = nearest(key.hint, value)
             hint = f"; did you mean {near!r}?" if near else ""
-            return self.complain(written, f"expected {describe(key.hint)}, got {value!r}{hint}")
+            return self.complain(written, f"expected {describe(key.hint)}, got {shown(value)}{hint}")
         if key.rule is not None and not key.rule.takes(value):
-            return self.complain(written, f"{key.rule.why} (got {value!r})")
+            return self.complain(written, f"{key.rule.why} (got {shown(value)})")
         self.accepted[owner.name][key.name] = value
 
     def turn_away(self, key: str, foreign: Mapping[str, str]) -> None:

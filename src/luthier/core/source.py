@@ -206,11 +206,12 @@ def _scalar(text: str) -> Any:
     """A value from the command line: YAML where it is a number, a flag, null, a quoted text, [list] or {mapping}."""
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         with _sound(COMMAND_LINE):
             value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
-    except (yaml.YAMLError, ConfigError):
+    except (yaml.YAMLError, ConfigError, OmegaConfBaseException):
         return text
     if text == "":
         return ""
@@ -238,7 +239,8 @@ def _bad_value(error: Any, places: Mapping[str, str], name: str) -> ConfigError:
     """What OmegaConf cannot fill in or hold, with its place."""
     key = str(error.full_key or "").split(".")[0].split("[")[0]
     what = (str(error.msg or error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f"{places.get(key, name)}: {f'{key}: ' if key else ''}{what}.")
+    hint = " ${KEY} stands for the value of another key."
+    return ConfigError(f"{places.get(key, name)}: {f'{key}: ' if key else ''}{what}.{hint}")
 
 
 @contextmanager

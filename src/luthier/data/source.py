@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, refuse_all
 
 MIXES = ("concat", "interleave_under", "interleave_over", "interleave_once")
 
@@ -59,7 +59,7 @@ class DataConfig:
     """Where encoded data are cached; unset: `luthier/encoded` in the user's cache folder."""
 
     def __post_init__(self) -> None:
-        for broken, complaint in (
+        rules = (
             (
                 self.streaming and self.max_samples,
                 "max_samples has no meaning with streaming: true; max_steps says when to end",
@@ -101,9 +101,8 @@ class DataConfig:
                 self.interleave_probs and self.mix_strategy == "concat",
                 "interleave_probs has no meaning with mix_strategy: concat; choose one of the interleave strategies",
             ),
-        ):
-            if broken:
-                raise ConfigError(complaint + ".")
+        )
+        refuse_all(f"{complaint}." for broken, complaint in rules if broken)
         self.probabilities()
 
     def probabilities(self) -> list[float] | None:

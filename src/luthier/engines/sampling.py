@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import refuse_all
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -40,7 +40,7 @@ class GenerateConfig:
     """Prompts answered side by side by `infer`."""
 
     def __post_init__(self) -> None:
-        for holds, what in (
+        rules = (
             (not self.do_sample or self.temperature > 0, f"temperature: {self.temperature} must be above 0; to always"
              " take the most probable token set do_sample: false"),
             (0 < self.top_p <= 1, f"top_p: {self.top_p} must be above 0 and at most 1"),
@@ -50,9 +50,8 @@ class GenerateConfig:
             (self.max_new_tokens > 0 or self.max_length > 0, f"max_new_tokens: {self.max_new_tokens} and max_length: "
              f"{self.max_length} leave no room for an answer; one of them must be above 0"),
             (self.infer_batch_size >= 1, f"infer_batch_size: {self.infer_batch_size} must be 1 or more"),
-        ):  # fmt: skip
-            if not holds:
-                raise ConfigError(what + ".")
+        )  # fmt: skip
+        refuse_all(f"{what}." for holds, what in rules if not holds)
 
     def room(self, prompt_tokens: int, context: int | None) -> int:
         """Most tokens that may answer a prompt of this length, in a model that takes `context` tokens at most."""

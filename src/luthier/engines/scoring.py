@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from luthier.core.errors import ConfigError, DataError, ModelError
+from luthier.core.errors import DataError, ModelError, refuse_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +30,11 @@ class ScoreConfig:
     """Prompts whose answers are scored side by side."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lcb_k) and self.lcb_k >= 0):
-            raise ConfigError(f"lcb_k: {self.lcb_k} must be 0 or more.")
-        if self.score_batch_size < 1:
-            raise ConfigError(f"score_batch_size: {self.score_batch_size} must be 1 or more.")
+        rules = (
+            (math.isfinite(self.lcb_k) and self.lcb_k >= 0, f"lcb_k: {self.lcb_k} must be 0 or more"),
+            (self.score_batch_size >= 1, f"score_batch_size: {self.score_batch_size} must be 1 or more"),
+        )
+        refuse_all(f"{what}." for holds, what in rules if not holds)
 
 
 Said = Mapping[str, float]

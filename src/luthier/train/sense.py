@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from luthier.core.paths import is_file, is_folder, local
@@ -25,7 +26,20 @@ MINIMUM = {
     "dataloader_num_workers": 0,
     "logging_steps": 0,
     "save_total_limit": 1,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "eval_delay": 0,
+    "ddp_timeout": 1,
 }
+
+BELOW_ONE = ("label_smoothing_factor", "adam_beta1", "adam_beta2")
+
+TRACKERS = ("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "mlflow", "neptune",
+            "swanlab", "tensorboard", "trackio", "wandb", "all", "none")  # fmt: skip
+"""What `report_to` may name without transformers being asked, which takes seconds."""
 
 
 def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
@@ -36,6 +50,7 @@ def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Comp
     yield from _precision(keys)
     yield from _best(keys)
     yield from _evaluations(keys, train)
+    yield from _trackers(keys["report_to"])
     yield from _files(keys)
     yield from _loader(keys)
     yield from _checkpointing(training, train)
@@ -45,8 +60,9 @@ def _ranges(keys: Mapping[str, Any]) -> Iterator[Complaint]:
     for name, least in MINIMUM.items():
         if keys[name] is not None and keys[name] < least:
             yield (name,), f"expected at least {least}, got {keys[name]!r}."
-    if keys["label_smoothing_factor"] >= 1:
-        yield ("label_smoothing_factor",), f"expected less than 1, got {keys['label_smoothing_factor']!r}."
+    for name in BELOW_ONE:
+        if keys[name] >= 1:
+            yield (name,), f"expected less than 1, got {keys[name]!r}."
     for strategy, steps in (("logging_strategy", "logging_steps"), ("save_strategy", "save_steps")):
         if keys[strategy] == "steps" and keys[steps] == 0:
             yield (steps, strategy), f"{strategy} is steps, so expected more than 0. {strategy}: no turns it off."
@@ -91,6 +107,17 @@ def _evaluations(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Compla
         yield ("save_strategy", "metric_for_best_model"), "best by what? Set metric_for_best_model, such as loss."
     if train.early_stopping_steps is not None and train.early_stopping_steps < 1:
         yield ("early_stopping_steps",), f"expected at least 1, got {train.early_stopping_steps}."
+
+
+def _trackers(report_to: str | list[str] | None) -> Iterator[Complaint]:
+    named = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in (name for name in named if name not in TRACKERS):
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = get_close_matches(name, TRACKERS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            yield ("report_to",), f"there is no tracker {name!r}.{hint} There are: {', '.join(TRACKERS)}."
 
 
 def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
