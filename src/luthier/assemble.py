@@ -59,7 +59,7 @@ def vision_of(run: Run, tokenizer: Any) -> Vision | None:
 def renderer_of(run: Run, tokenizer: Any) -> Any:
     """The chat template of a run bound to its tokenizer; that of the model's processor, where it has one and the run
     names no other. Raises ConfigError."""
-    from luthier.data.template import AUTO, make_renderer
+    from luthier.data.template import AUTO, customise, find_template, make_renderer
 
     vision = vision_of(run, tokenizer)
     if vision is None:
@@ -70,7 +70,9 @@ def renderer_of(run: Run, tokenizer: Any) -> Any:
             "Write packing: false."
         )
     if run.template.template not in (None, AUTO):
-        return make_renderer(run.template, tokenizer)
+        from luthier.data.slot_media import SlotMediaRenderer
+
+        return SlotMediaRenderer(run.template, customise(find_template(run.template.template), run.template), vision)
     from luthier.data.processor_template import ProcessorRenderer
 
     return ProcessorRenderer(run.template, vision)

@@ -131,12 +131,12 @@ def infer(
 
 def shown(questions: Sequence[Question], speaker: Speaker) -> dict[int, Callable[[], Mapping[str, Tensor]]]:
     """For each question that shows images, by its place: what makes the tensors that the model is given of them."""
-    from luthier.data.processor_template import ProcessorRenderer
+    from luthier.data.processor_template import Seeing
 
     renderer, made = speaker.renderer, {}
     for place, question in enumerate(questions):
         if question.images:
-            assert isinstance(renderer, ProcessorRenderer)
+            assert isinstance(renderer, Seeing)
             made[place] = partial(renderer.vision.row, question.images, question.ids)
     return made
 
@@ -252,13 +252,12 @@ def _shape(row: Any) -> tuple[str, Any]:
 
 def question_of(row: int, example: Example, speaker: Speaker) -> Question:
     """A row as the model is given it. Raises DataError."""
-    from luthier.data.processor_template import ProcessorRenderer
+    from luthier.data.processor_template import Seeing
     from luthier.data.source import BadRow
 
-    if any(message.media for message in example.prompt) and not isinstance(speaker.renderer, ProcessorRenderer):
+    if any(message.media for message in example.prompt) and not isinstance(speaker.renderer, Seeing):
         raise DataError(
-            f"--input, row {row + 1}: shows images, and this run cannot show them to the model. That takes a model of "
-            "images and text, and the chat template of its own processor: leave `template` out."
+            f"--input, row {row + 1}: shows images, and this run cannot show them to the model, which reads text alone."
         )
     try:
         ids = speaker.renderer.prompt(example.prompt, system=example.system, tools=example.tools)

@@ -154,7 +154,11 @@ def test_packing_is_refused(llava, data, pictures, tmp_path, more):
         fit(resolve(keys(llava, data, pictures, tmp_path, **more), []))
 
 
-def test_a_named_template_and_a_model_of_text_refuse_images(llava, model_folder, data, pictures, tmp_path):
-    for more in ({"template": "chatml"}, {"model_name_or_path": str(model_folder)}):
-        with pytest.raises(DataError, match="brings images, and this run cannot show them to the model"):
-            fit(resolve(keys(llava, data, pictures, tmp_path, **more), []))
+def test_a_model_of_text_refuses_images(llava, model_folder, data, pictures, tmp_path):
+    with pytest.raises(DataError, match="brings images, and this run cannot show them to the model"):
+        fit(resolve(keys(llava, data, pictures, tmp_path, model_name_or_path=str(model_folder)), []))
+
+
+def test_a_run_with_a_named_template(llava, data, pictures, tmp_path):
+    fit(resolve(keys(llava, data, pictures, tmp_path, template="chatml", max_steps=2), []))
+    assert len(losses(tmp_path / "out")) == 2

@@ -15,8 +15,9 @@ from luthier.data.media import MediaConfig
 from luthier.data.media_batch import MediaCollate
 from luthier.data.processor import Vision
 from luthier.data.processor_template import ProcessorRenderer
+from luthier.data.slot_media import SlotMediaRenderer
 from luthier.data.source import BadRow
-from luthier.data.template import TemplateConfig
+from luthier.data.template import TemplateConfig, find_template
 from luthier.model.policy import PolicySetup
 from luthier.model.verify import verify
 from luthier.objectives.sft import Sft, SftConfig
@@ -39,8 +40,8 @@ def example(*turns, answer="It is red."):
     return Example(messages, (Answer((Message("assistant", answer),)),))
 
 
-def encode(vision, each, cutoff_len=2048, **keys):
-    renderer = ProcessorRenderer(TemplateConfig(), vision)
+def encode(vision, each, cutoff_len=2048, renderer=None, **keys):
+    renderer = renderer or ProcessorRenderer(TemplateConfig(), vision)
     found = Sft(SftConfig(**keys)).encode(each, renderer, cutoff_len=cutoff_len)
     return renderer.settle(each, found, cutoff_len=cutoff_len)
 
@@ -227,3 +228,34 @@ def test_pixel_limits_decide_how_many_tokens(qwen2_vl, pictures):
 def test_a_wish_that_the_processor_does_not_know_is_refused(llava, pictures, key):
     with pytest.raises(ConfigError, match=f"{key}: true"):
         vision_of(llava, pictures, MediaConfig(**{key: True}))
+
+
+@pytest.mark.parametrize(
+    ("family", "image"),
+    [("llava", "<image>" * 4), ("qwen2_vl", "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>")],
+    indirect=["family"],
+)
+def test_a_named_template_writes_images_as_llamafactory_does(family, image, pictures):
+    """Its plugins put the expanded image, with Qwen's markers around it, where `<image>` stands in the text."""
+    config = TemplateConfig(template="chatml")
+    vision = vision_of(family, pictures)
+    kept = family.processor.tokenizer.chat_template
+    renderer = SlotMediaRenderer(config, find_template("chatml"), vision)
+    each = example(("user", "See <image> and <image>!", "red.png", "red.png"))
+    (encoded,) = encode(vision, each, renderer=renderer)
+    decode = family.processor.tokenizer.decode
+    asked = f"<|im_start|>user\nSee {image} and {image}!<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(encoded.paths[0].ids) == f"{asked}It is red.<|im_end|>\n"
+    assert decode(renderer.prompt(each.prompt)) == asked
+    assert encoded.extra["media"]["images"] == ["red.png", "red.png"]
+    with pytest.raises(TemplateError, match="stands for an image"):
+        encode(vision, example(("user", f"write {family.processor.image_token}")), renderer=renderer)
+    family.processor.tokenizer.chat_template = kept
+
+
+def test_an_image_token_in_a_system_prompt_is_no_image(llava, pictures):
+    vision = vision_of(llava, pictures)
+    renderer = SlotMediaRenderer(TemplateConfig(template="chatml"), find_template("chatml"), vision)
+    each = Example((Message("user", "hi"),), (Answer((Message("assistant", "x"),)),), system="mind <image>")
+    with pytest.raises(BadRow, match="a text that stands for an image"):
+        encode(vision, each, renderer=renderer)

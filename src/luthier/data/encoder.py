@@ -26,7 +26,7 @@ from luthier.core.types import Encoded, Example
 from luthier.data.cache import Printed, interactive
 from luthier.data.files import File, Row
 from luthier.data.groups import PLACE, Groups
-from luthier.data.processor_template import ProcessorRenderer
+from luthier.data.processor_template import Seeing
 from luthier.data.report import Tally
 from luthier.data.source import BadRow, Columns, Source
 from luthier.data.store import ITEMS, Origin, supervised, table, write
@@ -106,7 +106,7 @@ class Job:
             found = self.objective.encode(example, self.renderer, cutoff_len=self.cutoff_len)
         except TemplateError as error:
             raise BadRow("the template cannot render it", str(error)) from None
-        if isinstance(self.renderer, ProcessorRenderer):
+        if isinstance(self.renderer, Seeing):
             found = self.renderer.settle(example, found, cutoff_len=self.cutoff_len)
         if trains_tokens(self.objective):
             found = [encoded for encoded in found if any(supervised(path) for path in encoded.paths)]
@@ -117,11 +117,11 @@ class Job:
     def _check_images(self, row: Row, example: Example) -> None:
         """Raises DataError where images meet a model that reads text only, BadRow where a format leaves them out."""
         shown = any(message.media for message in example.prompt)
-        if shown and not isinstance(self.renderer, ProcessorRenderer):
+        if shown and not isinstance(self.renderer, Seeing):
             raise DataError(
                 f"data set {self.source.name!r} ({self.source.place}) brings images, and this run cannot show them to "
-                "the model. Images need a model of images and text, and the chat template of its own processor: leave "
-                "`template` out. To train on the text alone, say which columns to read with columns: {...}."
+                "the model, which reads text alone. To train on the text alone, say which columns to read with columns: "
+                "{...}."
             )
         named = self.columns.names.get("images")
         if not shown and named is not None and row.get(named):

@@ -41,21 +41,21 @@ class MediaText(ChatText):
 
     def check_prompt(self, messages: Sequence[Message], system: str, tools: str, asked: str) -> None:
         """As in ChatText; of a message with images, the texts between them."""
-        super().check_prompt([part for message in messages for part in _texts_of(message)], system, tools, asked)
+        super().check_prompt([part for message in messages for part in texts_of(message)], system, tools, asked)
 
     def _apply(
         self, messages: Sequence[Message], system: str, tools: str, *, ask: bool, spans: bool
     ) -> tuple[str, Spans]:
-        self._check_words(messages, system)
+        check_words(self._vision, messages, system)
         text, found = super()._apply(messages, system, tools, ask=ask, spans=spans)
-        images = [named for message in messages for named in message.media]
+        images = shown_in(messages)
         pieces = text.split(self._vision.token)
         if len(pieces) - 1 != len(images):
             raise TemplateError(
                 f"the processor's chat template writes {len(pieces) - 1} images of a conversation that shows "
                 f"{len(images)}."
             )
-        names = [f"{OPEN}{nth}:{named}{CLOSE}" for nth, named in enumerate(images)]
+        names = [name_of(nth, named) for nth, named in enumerate(images)]
         written = pieces[0] + "".join(name + piece for name, piece in zip(names, pieces[1:]))
         return written, [(self._moved(pieces, names, a), self._moved(pieces, names, b)) for a, b in found]
 
@@ -71,17 +71,6 @@ class MediaText(ChatText):
     def _dicts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         said = super()._dicts(messages)
         return [{**told, "content": _parts(message)} for told, message in zip(said, messages, strict=True)]
-
-    def _check_words(self, messages: Sequence[Message], system: str) -> None:
-        """No text may hold what would be taken for an image."""
-        forbidden = (*self._vision.reserved, OPEN, CLOSE)
-        texts = [system, *(part.content for message in messages for part in _texts_of(message))]
-        word = next((word for word in forbidden for text in texts if word in text), None)
-        if word is not None:
-            raise TemplateError(
-                f"a text holds {word!r}, which stands for an image, and the row shows none there. Name the column of "
-                "the images with columns: {images: ...}, or mend the text."
-            )
 
 
 class MediaPieces(Pieces):
@@ -111,33 +100,19 @@ class MediaPieces(Pieces):
         super().warm([text for text in texts if OPEN not in text])
 
 
-class ProcessorRenderer(ChatTemplateRenderer):
-    """The chat template of the model's processor. See `core/objective.py:Renderer`."""
+class Seeing:
+    """What renderers that show images have in common: `settle`, between what a stage cuts and what is stored."""
 
-    name = "processor"
-
-    def __init__(self, config: TemplateConfig, vision: Vision):
-        self.vision = vision
-        tokenizer = vision.processor.tokenizer
-        if vision.processor.chat_template is not None:
-            tokenizer.chat_template = vision.processor.chat_template
-        text, pieces = MediaText(config, tokenizer, vision), MediaPieces(tokenizer, vision)
-        super().__init__(config, tokenizer, text=text, pieces=pieces)
-
-    def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
-        """See Renderer: ids as the model reads them."""
-        return self._read(super().prompt(messages, system=system, tools=tools))
-
-    def fingerprint(self) -> str:
-        """Everything beside the tokenizer's files and the images that decides ids."""
-        return repr((super().fingerprint(), self.vision.fingerprint()))
+    vision: Vision
 
     def settle(self, example: Example, found: Sequence[Encoded], *, cutoff_len: int) -> list[Encoded]:
         """What a stage encoded, with image tokens as the model reads them and the images they stand for.
 
-        Raises BadRow where an image token was cut away.
+        Raises BadRow where an image token was cut away, or came of a text.
         """
-        images = [named for message in example.prompt for named in message.media]
+        images = shown_in(example.prompt)
+        if any(token in self.vision.token_ids for encoded in found for path in encoded.paths for token in path.ids):
+            raise BadRow("a text that stands for an image", f"a text holds {self.vision.token!r} and shows none there")
         if not images:
             return list(found)
         tokens = [self.vision.expanded(named)[1] for named in images]
@@ -171,7 +146,52 @@ class ProcessorRenderer(ChatTemplateRenderer):
         return [own[(-token - 1) % len(own)] if token < 0 else token for token in ids]
 
 
-def _texts_of(message: Message) -> list[Message]:
+class ProcessorRenderer(Seeing, ChatTemplateRenderer):
+    """The chat template of the model's processor. See `core/objective.py:Renderer`."""
+
+    name = "processor"
+
+    def __init__(self, config: TemplateConfig, vision: Vision):
+        self.vision = vision
+        tokenizer = vision.processor.tokenizer
+        if vision.processor.chat_template is not None:
+            tokenizer.chat_template = vision.processor.chat_template
+        text, pieces = MediaText(config, tokenizer, vision), MediaPieces(tokenizer, vision)
+        super().__init__(config, tokenizer, text=text, pieces=pieces)
+
+    def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
+        """See Renderer: ids as the model reads them."""
+        return self._read(super().prompt(messages, system=system, tools=tools))
+
+    def fingerprint(self) -> str:
+        """Everything beside the tokenizer's files and the images that decides ids."""
+        return repr((super().fingerprint(), self.vision.fingerprint()))
+
+
+def name_of(nth: int, named: str) -> str:
+    """What stands in rendered text for the nth image of a conversation."""
+    return f"{OPEN}{nth}:{named}{CLOSE}"
+
+
+def shown_in(messages: Sequence[Message]) -> list[str]:
+    """The images of a conversation, in order."""
+    return [named for message in messages for named in message.media]
+
+
+def check_words(vision: Vision, messages: Sequence[Message], system: str) -> None:
+    """Raise TemplateError for a text that holds what would be taken for an image."""
+    forbidden = (*vision.reserved, OPEN, CLOSE)
+    texts = [system, *(part.content for message in messages for part in texts_of(message))]
+    word = next((word for word in forbidden for text in texts if word in text), None)
+    if word is not None:
+        raise TemplateError(
+            f"a text holds {word!r}, which stands for an image, and the row shows none there. Name the column of "
+            "the images with columns: {images: ...}, or mend the text."
+        )
+
+
+def texts_of(message: Message) -> list[Message]:
+    """A message as the texts between its images."""
     if not message.media:
         return [message]
     return [replace(message, content=text, media=()) for text in message.content.split(MARK)]
