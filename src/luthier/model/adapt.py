@@ -200,9 +200,11 @@ def _adapter_folder(name: str, config: AdapterConfig, model_config: ModelConfig)
         ("adapter_model.safetensors", "has no adapter weights"),
     ):
         if not (folder / file).is_file():
+            from luthier.model.parts import hint
+
             held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "nothing"
             raise ModelError(
-                f"adapter_name_or_path: {folder} {what}: there is no {file}; it holds {held or 'nothing'}."
+                f"adapter_name_or_path: {folder} {what}{hint(folder)}: no {file}; it holds {held or 'nothing'}."
             )
     try:
         json.loads((folder / "adapter_config.json").read_text("utf-8"))

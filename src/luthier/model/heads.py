@@ -59,8 +59,12 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 def without_head(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The model's state as its own files should have it."""
-    found = model.state_dict() if state is None else state
-    return {key: value for key, value in found.items() if f"{SLOT}." not in key}
+    return without_head_keys(model.state_dict() if state is None else state)
+
+
+def without_head_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state without the head's tensors."""
+    return {key: value for key, value in state.items() if f"{SLOT}." not in key}
 
 
 def part_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,11 +79,20 @@ def save(
 
     tensors: the head's state, where the module itself holds only this process's part of it.
     """
+    save_tensors(tensors or head.state_dict(), name, folder, facts)
+
+
+def save_tensors(state: Mapping[str, Tensor], name: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    """As `save`, of a head's state."""
     from safetensors.torch import save_file
 
-    state = head.state_dict() if not tensors else tensors
     tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, str(folder / f"{name}_head.safetensors"), metadata={"format": "pt"})
+    describe(name, folder, facts)
+
+
+def describe(name: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write NAME_head.json: which kind of head it is, and its settings."""
     text = json.dumps({"head": name, **facts}, indent=2) + "\n"
     (folder / f"{name}_head.json").write_text(text, encoding="utf-8")
 

@@ -231,7 +231,9 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
     if not (folder / "config.json").exists():
         raise ModelError(f"model_name_or_path: {folder} is no model folder: it has no config.json; {listing}.")
     if weights and not any(name.endswith((".safetensors", ".bin")) for name in held):
-        raise ModelError(f"model_name_or_path: {folder} has no weights (*.safetensors); {listing}.")
+        from luthier.model.parts import hint
+
+        raise ModelError(f"model_name_or_path: {folder} has no weights (*.safetensors){hint(folder)}; {listing}.")
 
 
 def _dtype(config: ModelConfig, wanted: torch.dtype | None) -> torch.dtype | None:

@@ -141,6 +141,8 @@ class Saving(Sharding):
             if self.in_parts and args.should_save:
                 self._save_words(staged)
                 self.describe_parts(staged)
+                if self.objective.head is not None:
+                    heads.describe(self.objective.head, staged, self._head_facts())
         elif args.should_save:
             self._save_words(staged)
             jobs.append(partial(self._save_weights, staged, *self._weights(copied=self.writer.background)))
@@ -271,9 +273,11 @@ class Saving(Sharding):
                 str(folder), state_dict=without, is_main_process=self.args.should_save
             )
         if head is not None and self.objective.head is not None and self.args.should_save:
-            facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
-            own = self.objective.facts(self.processing_class)
-            heads.save(head, self.objective.head, folder, {**facts, **own}, heads.part_of(state))
+            heads.save(head, self.objective.head, folder, self._head_facts(), heads.part_of(state))
+
+    def _head_facts(self) -> dict[str, Any]:
+        facts = {"stage": self.objective_name, "hidden_size": self.model.config.get_text_config().hidden_size}
+        return {**facts, **self.objective.facts(self.processing_class)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if not isinstance(self.model, HeadOnly):

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.kinds import is_true
 from luthier.core.log import get_logger
+from luthier.model import heads
 from luthier.model.reference import FrozenModel
 
 log = get_logger("train")
@@ -138,6 +139,11 @@ class Sharding(transformers.Trainer):
 
     def prove_sharding(self) -> None:
         """Check at the first step that processes hold parts of the model, not copies of it."""
+        if self.in_parts and isinstance(self.model, PeftModel) and heads.head_of(self.model) is not None:
+            raise ConfigError(
+                "fsdp_config: SHARDED_STATE_DICT keeps an adapter's weights alone, and this stage trains a head too. "
+                "Write state_dict_type: FULL_STATE_DICT."
+            )
         if self.is_fsdp_enabled or self.zero3:
             self.add_callback(_Proof(zero3=self.zero3))
 
