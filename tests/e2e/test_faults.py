@@ -92,7 +92,7 @@ def test_a_stream_goes_on_at_the_row(tmp_path, model_folder):
     stream |= {"eval_dataset": None, "metric_for_best_model": None, "mix_strategy": "interleave_over"}
     events = straight(configuration(tmp_path, model_folder, "straight", **stream))
     expected = left_behind(tmp_path / "straight")
-    for folder in kill_often(lambda run: configuration(tmp_path, model_folder, f"run-{run}", **stream), 4, events, 3):
+    for folder in kill_often(lambda run: configuration(tmp_path, model_folder, f"run-{run}", **stream), 3, events, 3):
         assert differing(expected, left_behind(folder)) == [], folder.name
 
 
