@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
+from luthier.train import fsdp_keys
 from luthier.train.keys import DELIVERED, training_keys
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
     checkpointing is decided.
     """
     keys, notes = dict(training), []
-    resume = keys.get("resume_from_checkpoint")
-    if isinstance(resume, str) and resume.lower() in SWITCH:
-        keys["resume_from_checkpoint"] = SWITCH[resume.lower()]
+    for name in ("resume_from_checkpoint", "fsdp"):
+        value = keys.get(name)
+        if isinstance(value, str) and value.lower() in SWITCH:
+            keys[name] = SWITCH[value.lower()]
     if not keys.get("use_cpu") and not has_accelerator():
         keys["use_cpu"] = True
     # Every parameter that is trained takes part in every step, also on a rank without data.
@@ -151,6 +153,8 @@ def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
     wish = next((value for value in asked if value is not None), None)
     if wish is None and train.disable_gradient_checkpointing is not None:
         wish = not train.disable_gradient_checkpointing
+    if wish is None and fsdp_keys.recomputes(keys.get("fsdp_config")):
+        wish = False  # FSDP does it
     if wish is None:
         wish = not keys.get("use_cpu") or train.activation_offload
         if wish and not train.activation_offload:

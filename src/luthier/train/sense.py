@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from luthier.core.paths import is_file, is_folder, local
+from luthier.train import fsdp_keys
 from luthier.train.config import TrainConfig
 from luthier.train.keys import training_keys
 
@@ -52,6 +53,7 @@ def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Comp
     yield from _evaluations(keys, train)
     yield from _trackers(keys["report_to"])
     yield from _files(keys)
+    yield from _sharding(training)
     yield from _loader(keys)
     yield from _checkpointing(training, train)
 
@@ -128,6 +130,16 @@ def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
         value = keys[name]
         if isinstance(value, str) and not value.lstrip().startswith("{") and not is_file(local(value)):
             yield (name,), f"there is no file {value}."
+
+
+def _sharding(training: Mapping[str, Any]) -> Iterator[Complaint]:
+    value = training.get("fsdp_config")
+    if not value:
+        return
+    if not training.get("fsdp"):
+        yield ("fsdp_config", "fsdp"), "has a meaning only with fsdp: true."
+    for text in fsdp_keys.mistakes(value):
+        yield ("fsdp_config",), text
 
 
 def _loader(keys: Mapping[str, Any]) -> Iterator[Complaint]:
