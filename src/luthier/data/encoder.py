@@ -120,8 +120,8 @@ class Job:
         if shown and not isinstance(self.renderer, Seeing):
             raise DataError(
                 f"data set {self.source.name!r} ({self.source.place}) brings images, and this run cannot show them to "
-                "the model, which reads text alone. To train on the text alone, say which columns to read with columns: "
-                "{...}."
+                "the model, which reads text alone. To train on the text alone, say with columns which to read: "
+                "columns: {...}."
             )
         named = self.columns.names.get("images")
         if not shown and named is not None and row.get(named):
