@@ -82,8 +82,8 @@ class SlotRenderer:
         return pairs
 
     def branches(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[list[Pair]]:
-        """See Renderer. With `branch_thinking` thoughts vanish from history, and a turn that shows another face later is
-        a branch of its own."""
+        """See Renderer. With `branch_thinking` thoughts vanish from history, and a turn that shows another face later
+        is a branch of its own."""
         if self._reasoning is None or self._reasoning.preserve or not self._reasoning.branch:
             return [self.pairs(messages, system=system, tools=tools)]
         branches: list[list[Pair]] = []
