@@ -179,7 +179,7 @@ def test_a_split_of_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (file,) = open_source(Source(name="o/n", place="dataset", hub="o/n", subset="en", split="test", folder="sub"))
-    assert asked == [(("o/n",), {"name": "en", "split": "test", "data_dir": "sub"})]
+    assert asked == [(("o/n",), {"name": "en", "split": "test", "data_dir": "sub", "streaming": False})]
     assert len(file) == 7
     assert file.take([2, 0, 2]) == [ROWS[2], ROWS[0], ROWS[2]]
     assert file.take([]) == []
