@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.exact.runs import trainer_for
 
 from luthier.callbacks import schedule_free
-from tests.exact.runs import trainer_for
 
 
 class Kept(schedule_free.Average):
