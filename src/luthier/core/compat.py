@@ -116,9 +116,7 @@ LLAMA_FACTORY: dict[str, Refused] = {
     "use_fast_tokenizer": Refused((True,), "transformers 5 has one tokenizer class per model; leave the key out"),
     "low_cpu_mem_usage": Refused((True,), "transformers 5 always loads this way; leave the key out"),
     "shift_attn": Refused((False,), "S2-Attention is not supported: it rewrites old Llama code; leave the key out"),
-    "mixture_of_depths": Refused(
-        (None,), "mixture of depths is not supported: such models load nowhere else"
-    ),
+    "mixture_of_depths": Refused((None,), "mixture of depths is not supported: such models load nowhere else"),
     "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
     "infer_backend": Refused(("huggingface", "hf"), "only huggingface is there yet"),
     "visual_inputs": Refused((False, True), "whether a model reads images is read from its config.json"),
