@@ -36,6 +36,20 @@ GRACE = 600
 """Seconds the processes have for their checkpoint after a signal; TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How a run is started on a Ray cluster (`luthier train --ray`)."""
+
+    ray_num_workers: int = 1
+    """Processes on the Ray cluster, each with a GPU where the cluster has any."""
+    ray_init_kwargs: dict[str, Any] | None = None
+    """Arguments of `ray.init`, such as {address: auto} for a cluster that is running. Unset: Ray starts here."""
+
+    def __post_init__(self) -> None:
+        if self.ray_num_workers < 1:
+            raise ConfigError(f"ray_num_workers: expected at least 1, got {self.ray_num_workers}.")
+
+
 class LaunchError(LuthierError, RuntimeError):
     """The processes of a run could not be started or found each other."""
 

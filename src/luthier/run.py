@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from luthier.engines.sampling import GenerateConfig
     from luthier.engines.scoring import ScoreConfig
     from luthier.export import ExportConfig
+    from luthier.launch import LaunchConfig
     from luthier.model.adapt import AdapterConfig
     from luthier.model.load import ModelConfig
     from luthier.model.quantise import QuantConfig
@@ -69,6 +70,7 @@ OWNERS: dict[str, str] = {
     "speculate": "luthier.engines.drafting:SpeculateConfig",
     "collect": "luthier.collect:CollectConfig",
     "export": "luthier.export:ExportConfig",
+    "launch": "luthier.launch:LaunchConfig",
 }
 """Sections of a run and the dataclass that owns each one's keys."""
 
@@ -118,6 +120,7 @@ class Run:
     scorer_keys: Any
     """The Config of scorers/COLLECT_SCORER.py."""
     export: ExportConfig
+    launch: LaunchConfig
     plugins: str | None = None
     notes: tuple[str, ...] = ()
     """What was derived."""

@@ -93,7 +93,8 @@ _KT = "ktransformers is not supported; leave the key out"
 _PPO = "belongs to stage ppo, which is not there yet"
 _REWARD = "a reward model is read by stage ppo only, which is not there yet"
 _SWANLAB = "write report_to: swanlab; SwanLab's own environment variables (SWANLAB_PROJECT ...) set the rest"
-_RAY = "Ray is not supported yet; start the run with torchrun or accelerate launch"
+_RAY = "Ray connects its workers by itself; for torchrun set the environment variables of the same names"
+_RAY_FILES = "Ray's own files lie in ray/ below output_dir; leave the key out"
 _PROFILER = "the profiler is not there yet; leave the key out"
 _FP8 = "fp8 training is not supported yet; use bf16: true"
 _MEGATRON = "Megatron is not supported; leave the key out"
@@ -158,8 +159,8 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),
     **_group(_SWANLAB, swanlab_lark_webhook_url=None, swanlab_lark_secret=None),
-    **_group(_RAY, ray_num_workers=1, ray_init_kwargs=None, master_addr=None, master_port=None),
-    **_group(_RAY, ray_run_name=None, ray_storage_path="./saves", ray_storage_filesystem=None),
+    **_group(_RAY, master_addr=None, master_port=None),
+    **_group(_RAY_FILES, ray_run_name=None, ray_storage_path="./saves", ray_storage_filesystem=None),
     **_group(_RAY, resources_per_worker={"GPU": 1}, placement_strategy="PACK"),
     **_group(_PROFILER, enable_torch_profiler=False, profiler_output_dir=None, profiler_wait_steps=1),
     **_group(_PROFILER, profiler_warmup_steps=1, profiler_active_steps=1, profiler_repeat=1),
