@@ -183,3 +183,25 @@ def test_a_split_of_the_hub(monkeypatch):
     assert len(file) == 7
     assert file.take([2, 0, 2]) == [ROWS[2], ROWS[0], ROWS[2]]
     assert file.take([]) == []
+
+
+def test_lines_of_nothing_but_blanks_are_no_rows_however_long(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" " * 200 + b"\n" + b"\t" * 70 + b"word" + b"\n" + b" \r\n" + b"\t" * 300)
+    (file,) = open_source(Source(name="a", place="dataset", path=tmp_path / "a.txt"))
+    assert [file.number(i) for i in range(len(file))] == [2]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output,output\nq,a,b\n")
+    with pytest.raises(DataError, match="two columns are called 'output'"):
+        open_source(Source(name="a", place="dataset", path=tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    "text, words", [("[" * 5000 + "]" * 5000, "nested too deep"), ("[" + "9" * 5000 + "]", "cannot be")]
+)
+def test_json_that_no_parser_takes(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        open_source(Source(name="a", place="dataset", path=tmp_path / name))[0].take([0])

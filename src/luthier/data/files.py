@@ -21,6 +21,7 @@ from luthier.core.errors import DataError
 from luthier.data.source import Source, excerpt
 
 Row = Mapping[str, Any]
+BLANKS = tuple(b" \t\r\v\f")
 
 
 class File(ABC):
@@ -54,7 +55,9 @@ class _Lines(File):
         if data[:3].tobytes() == b"\xef\xbb\xbf":
             starts[0] = 3
         full = np.ones(len(stops), bool)
-        for line in np.flatnonzero(stops - starts <= 64):
+        # A long line that begins with a blank may be nothing but blanks too.
+        blank = np.isin(data[np.minimum(starts, len(data) - 1)], BLANKS) if len(data) else False
+        for line in np.flatnonzero((stops - starts <= 64) | blank):
             full[line] = bool(data[starts[line] : stops[line]].tobytes().strip())
         numbers = np.flatnonzero(full)
         return starts[numbers], stops[numbers], numbers + 1
