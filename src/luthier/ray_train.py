@@ -62,7 +62,7 @@ def main(command: Command) -> int:
 
 def _train(run: Run, command: Command) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = run.launch.ray_num_workers
     gpu = _has_room(workers, cpu=bool(run.training.get("use_cpu")))
@@ -79,6 +79,7 @@ def _train(run: Run, command: Command) -> int:
             "folder": str(folder),
             "started": time.time(),
         },
+        torch_config=TorchConfig(timeout_s=int(run.training.get("ddp_timeout", 1800))),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
+from luthier.core.kinds import is_true
 from luthier.train import fsdp_keys
 from luthier.train.keys import DELIVERED, training_keys
 
@@ -64,7 +65,7 @@ def derive(training: Mapping[str, Any], train: TrainConfig) -> tuple[dict[str, A
         value = keys.get(name)
         if isinstance(value, str) and value.lower() in SWITCH:
             keys[name] = SWITCH[value.lower()]
-    if not keys.get("use_cpu") and not has_accelerator():
+    if is_true(os.environ.get("ACCELERATE_USE_CPU", "")) or not has_accelerator():
         keys["use_cpu"] = True
     # Every parameter that is trained takes part in every step, also on a rank without data.
     if keys.get("ddp_find_unused_parameters") is None:
@@ -96,7 +97,7 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
     if not training.get("output_dir"):
         raise ConfigError("output_dir: say where the run is written, such as output_dir: saves/my-first-run.")
     if training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("deepspeed: the package is not installed. `pip install deepspeed`, or leave the key out.")
+        raise ConfigError("deepspeed: the package is not installed. `pip install luthier[deepspeed]`, or leave the key out.")
     if train.logging_dir is not None:
         # TensorBoard's callback in transformers 5 takes its folder from nowhere else.
         os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir

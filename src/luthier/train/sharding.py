@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from luthier.core.errors import ConfigError, TrainingError
+from luthier.core.errors import ConfigError, LuthierError, TrainingError
 from luthier.core.kinds import is_true
 from luthier.core.log import get_logger
 from luthier.model import heads
@@ -153,7 +153,13 @@ class Sharding(transformers.Trainer):
 
             # Weight by weight, so that no device ever holds the whole.
             deepspeed.zero.Init(module=self.model, config_dict_or_path=self.args.hf_deepspeed_config.config)
-        return super()._prepare_for_training(*args, **kwargs)
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        except ValueError as error:
+            if not self.is_deepspeed_enabled or isinstance(error, LuthierError):
+                raise
+            # transformers compares DeepSpeed's file with the keys and says which values differ.
+            raise ConfigError(f"deepspeed: {error}") from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' own; what a run ends with is whole also where its checkpoints are sharded."""

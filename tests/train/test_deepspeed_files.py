@@ -1,0 +1,68 @@
+"""The DeepSpeed files that ship: transformers fills in every `auto` of them. DeepSpeed itself is not needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from tests.conftest import build_model
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from luthier.core.errors import ConfigError
+from luthier.run import resolve
+from luthier.train import config
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "examples" / "deepspeed").glob("*.json"))
+STAGES = {"z0": 0, "z2": 2, "z2_offload": 2, "z3": 3, "z3_offload": 3}
+
+
+class Config(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+    """transformers' own, without its check that DeepSpeed is installed."""
+
+    def __init__(self, file):
+        HfDeepSpeedConfig.__init__(self, file)
+        self._dtype, self.mismatches = None, []
+
+
+def _autos(value, place=""):
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _autos(item, f"{place}.{key}")]
+    return [place] if value == "auto" else []
+
+
+def test_they_are_all_known():
+    assert {file.stem.removeprefix("ds_").removesuffix("_config") for file in FILES} == set(STAGES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_auto_is_filled_in(file, tmp_path):
+    name = file.stem.removeprefix("ds_").removesuffix("_config")
+    filled = Config(str(file))
+    assert filled._stage == STAGES[name] and filled.is_offload() == name.endswith("_offload")
+    args = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, use_cpu=True
+    )
+    filled.trainer_config_process(args)
+    filled.trainer_config_finalize(args, build_model("llama"), 10)
+    assert _autos(filled.config) == [] and filled.mismatches == []
+    assert filled.config["train_batch_size"] == 6 and filled.config["train_micro_batch_size_per_gpu"] == 3
+
+
+def test_zero_3_gathers_what_it_saves():
+    for file in FILES:
+        zero = json.loads(file.read_text())["zero_optimization"]
+        assert zero["stage"] != 3 or zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_without_the_package_the_key_says_so(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
+    run = resolve({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "deepspeed": str(FILES[0])})
+    with pytest.raises(ConfigError, match="deepspeed: the package is not installed"):
+        config.training_arguments(run.training, run.train)
