@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import luthier
-from luthier import cli
+from luthier import cli, launch
 from luthier.cli import VERBS, main, parse_command
 from luthier.core.errors import ConfigError, DataError
 from luthier.run import resolve
@@ -61,6 +61,7 @@ def own_log(monkeypatch):
 def verb(monkeypatch):
     """Stands in for `luthier.launch` and remembers how it was called."""
     module = ModuleType("luthier.launch")
+    module.LaunchConfig = launch.LaunchConfig
     module.calls = []
     module.raises = None
 
