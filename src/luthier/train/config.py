@@ -97,7 +97,7 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
     if not training.get("output_dir"):
         raise ConfigError("output_dir: say where the run is written, such as output_dir: saves/my-first-run.")
     if training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("deepspeed: the package is not installed. `pip install luthier[deepspeed]`, or leave the key out.")
+        raise ConfigError("deepspeed: the package is not installed. pip install deepspeed, or leave the key out.")
     if train.logging_dir is not None:
         # TensorBoard's callback in transformers 5 takes its folder from nowhere else.
         os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
