@@ -161,12 +161,15 @@ def _impatience() -> Iterator[None]:
                 _send(signal.Signals(number[0]) if count == 2 else signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in _signals()}
     before = signal.set_wakeup_fd(written)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         os.close(written)
+        for name, handler in handlers.items():  # torchrun leaves its own
+            signal.signal(getattr(signal, name), handler)
 
 
 def _send(number: signal.Signals) -> None:
