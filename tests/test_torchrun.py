@@ -102,6 +102,14 @@ def test_lost_processes_are_started_again(start):
     assert {path.name for path in start.folder.iterdir()} >= {"1-0", "0-1", "1-1"}
 
 
+def test_signals_that_end_nothing_are_not_counted(start, monkeypatch):
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # as a DataLoader with workers does
+    try:
+        assert start("time.sleep(rank)\nif os.environ['TORCHELASTIC_RESTART_COUNT'] != '2': os._exit(9)", restarts=2) == 0
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def _when(ready: list[Path], signals: list[signal.Signals]) -> None:
     """Send this process signals as soon as files exist."""
 

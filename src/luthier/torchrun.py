@@ -154,14 +154,19 @@ def _impatience() -> Iterator[None]:
     """Pass a second signal on, and end everything at a third: torchrun passes the first on and then only waits."""
     seen, written = os.pipe()
     os.set_blocking(written, False)
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in _signals()}
+    ends = {getattr(signal, name) for name in handlers}
 
     def watch() -> None:
-        for count, number in enumerate(iter(lambda: os.read(seen, 1), b""), 1):
-            if count > 1:
-                _send(signal.Signals(number[0]) if count == 2 else signal.SIGKILL)
+        count = 0
+        for byte in iter(lambda: os.read(seen, 1), b""):
+            # Every signal with a Python handler arrives here; a DataLoader with workers leaves one for SIGCHLD.
+            count += byte[0] in ends
+            if count > 1 and byte[0] in ends:
+                _send(signal.Signals(byte[0]) if count == 2 else signal.SIGKILL)
+        os.close(seen)
 
     threading.Thread(target=watch, daemon=True).start()
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in _signals()}
     before = signal.set_wakeup_fd(written)
     try:
         yield
