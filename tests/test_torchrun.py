@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -105,7 +106,8 @@ def test_lost_processes_are_started_again(start):
 def test_signals_that_end_nothing_are_not_counted(start, monkeypatch):
     before = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # as a DataLoader with workers does
     try:
-        assert start("time.sleep(rank)\nif os.environ['TORCHELASTIC_RESTART_COUNT'] != '2': os._exit(9)", restarts=2) == 0
+        body = "time.sleep(rank)\nif os.environ['TORCHELASTIC_RESTART_COUNT'] != '2': os._exit(9)"
+        assert start(body, restarts=2) == 0
     finally:
         signal.signal(signal.SIGCHLD, before)
 
@@ -154,5 +156,9 @@ def test_a_third_signal_waits_for_nobody(start):
 
 
 def test_nodes_that_cannot_meet(start):
-    with pytest.raises(LaunchError, match="did not meet at 127.0.0.1:1: .*MASTER_PORT"):
-        start("pass", nodes="2", node_rank=0, master_addr="127.0.0.1", master_port=1)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"did not meet at 127.0.0.1:{port}: .*MASTER_PORT"):
+            start("pass", nodes="2", node_rank=0, master_addr="127.0.0.1", master_port=port)
