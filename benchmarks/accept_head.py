@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from layouts import build, keep
+from layouts import build
+from workers import keep, measure, peak_bytes, wait_for_device
 
 SEP, DRAFT = 2, 5
 
@@ -112,8 +110,6 @@ def rows_step(model, head, rounds, size: int):
 
 def worker(options: argparse.Namespace) -> None:
     """Measure one way and print the figures as JSON."""
-    import torch
-
     model, head = prepared(options.layers)
     everything = rounds_of(options.rounds, options.shortest, options.longest)
     sample = everything[:: max(1, options.rounds // options.sample)]
@@ -130,27 +126,13 @@ def worker(options: argparse.Namespace) -> None:
         model.zero_grad()
         start = time.perf_counter()
         found = step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_device()
         # The first tree pays for warming up; the plain way is slow enough not to notice.
         if nth or way != "tree":
             seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     best = min(seconds)
     figures = {"rounds": count, "tokens": tokens, "seconds": best, "rounds_per_second": count / best}
-    print(json.dumps(figures | {"peak_bytes": peak, "loss": found if loss is None else loss}))
-
-
-def measure(options: argparse.Namespace, way: str, rounds: int) -> dict:
-    """Run one worker process."""
-    command = [sys.executable, __file__, "--worker", way, "--rounds", str(rounds)]
-    for name in ("layers", "shortest", "longest", "sample", "repeats"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps(figures | {"peak_bytes": peak_bytes(), "loss": found if loss is None else loss}))
 
 
 def main() -> None:
@@ -174,7 +156,11 @@ def main() -> None:
     from rich.table import Table
 
     ways = ["tree", *(f"rows:{size}" for size in options.batch_sizes)]
-    found = {f"{count} rounds": {way: measure(options, way, count) for way in ways} for count in options.cases}
+    same = ("layers", "shortest", "longest", "sample", "repeats")
+    found = {
+        f"{count} rounds": {way: measure(__file__, options, same, worker=way, rounds=count) for way in ways}
+        for count in options.cases
+    }
     table = Table(
         title=f"AcceptHead, contexts of {options.shortest} to {options.longest} tokens, {options.layers} layers"
     )
@@ -203,7 +189,7 @@ def main() -> None:
             )
     Console(width=130).print(table)
     if options.json:
-        keep(options.json, "accept_head.py", found)
+        keep(options.json, __file__, found)
 
 
 if __name__ == "__main__":

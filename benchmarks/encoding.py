@@ -15,13 +15,12 @@ import argparse
 import json
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from layouts import ROOT, keep
+from layouts import ROOT
+from workers import keep, measure
 
 WAYS = ("cold", "cached", "streamed")
 
@@ -68,7 +67,7 @@ def worker(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     prepared = prepare(config, Sft(), renderer, cutoff_len=2048, seed=0)
     if prepared.stream is not None:
-        rows = sum(len(prepared.stream.make(chunk).bundles) for chunk in range(prepared.stream.epoch // 1000))
+        rows = sum(len(prepared.stream.make(chunk).bundles) for chunk in range(-(-prepared.stream.epoch // 1000)))
     else:
         rows = len(prepared.train)
     seconds = time.perf_counter() - start
@@ -78,15 +77,6 @@ def worker(options: argparse.Namespace) -> None:
 def _peak() -> int:
     """Peak memory of this process and of the largest of its children, in bytes."""
     return 1024 * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
-def measure(options: argparse.Namespace, way: str, file: Path, workers: int) -> dict:
-    """Run one worker process."""
-    command = [sys.executable, __file__, "--worker", way, "--file", str(file), "--model", str(options.model)]
-    done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -115,12 +105,14 @@ def main() -> None:
         generate(file, options.rows)
         for workers in options.processes:
             for way in WAYS if workers == 1 else WAYS[:2]:
-                seen = found[f"{way}, {workers} processes"] = measure(options, way, file, workers)
+                seen = found[f"{way}, {workers} processes"] = measure(
+                    __file__, options, ("model",), worker=way, file=file, workers=workers
+                )
                 speed, added = seen["rows"] / seen["seconds"], seen["added_bytes"] / 2**20
                 table.add_row(str(workers), way, f"{speed:,.0f}", f"{seen['seconds']:.2f}", f"{added:,.0f}")
     Console().print(table)
     if options.json:
-        keep(options.json, "encoding.py", found)
+        keep(options.json, __file__, found)
 
 
 if __name__ == "__main__":

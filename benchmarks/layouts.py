@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from workers import keep, measure, peak_bytes, wait_for_device
 
 WAYS = ("transformers", "padded", "packed", "shared")
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,34 +121,17 @@ def worker(options: argparse.Namespace) -> None:
     make = transformers_step if options.worker == "transformers" else luthier_step
     step, tokens = make(model, items) if options.worker == "transformers" else make(model, items, options.worker)
     step()
+    wait_for_device()
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
     plain = sum(len(path.ids) for encoded, _ in items for path in encoded.paths)
-    print(json.dumps({"tokens": tokens, "plain_tokens": plain, "seconds": min(seconds), "peak_bytes": peak}))
-
-
-def measure(options: argparse.Namespace, case: str, way: str) -> dict:
-    """Run one worker process."""
-    command = [sys.executable, __file__, "--worker", way, "--case", case]
-    for name in ("layers", "answers", "prompt", "reply", "repeats"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps({"tokens": tokens, "plain_tokens": plain, "seconds": min(seconds), "peak_bytes": peak_bytes()}))
 
 
 def main() -> None:
@@ -173,7 +154,8 @@ def main() -> None:
 
     found = {}
     for case in [options.case] if options.case else ["ranked", "chat"]:
-        found[case] = {way: measure(options, case, way) for way in WAYS}
+        same = ("layers", "answers", "prompt", "reply", "repeats")
+        found[case] = {way: measure(__file__, options, same, worker=way, case=case) for way in WAYS}
         padded = found[case]["padded"]["seconds"]
         table = Table(title=f"{case}: one forward and backward pass, {options.layers} layers")
         for column in ("way", "tokens computed", "seconds", "answer tokens/s", "peak memory", "speed against padded"):
@@ -189,23 +171,7 @@ def main() -> None:
             )
         Console(width=110).print(table)
     if options.json:
-        keep(options.json, "layouts.py", found)
-
-
-def keep(file: Path, script: str, found: object) -> None:
-    """Write figures to a JSON file, with what they rest on: command, date, machine, versions."""
-    import torch
-    import transformers
-
-    about = {
-        "command": f"python benchmarks/{script} " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
+        keep(options.json, __file__, found)
 
 
 if __name__ == "__main__":

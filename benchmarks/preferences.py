@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layouts import build
 from ranking import ranked
+from workers import keep, measure, wait_for_device
 
 if TYPE_CHECKING:
     import torch
@@ -180,14 +176,6 @@ def reward_trainer(options: argparse.Namespace):
 TRAINERS = {"dpo": dpo_trainer, "rm": reward_trainer}
 
 
-def synchronise(device: str) -> None:
-    """Wait for the accelerator, if there is one."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def worker(options: argparse.Namespace) -> None:
     """Measure one way at one case and print the figures as JSON."""
     import torch
@@ -201,10 +189,10 @@ def worker(options: argparse.Namespace) -> None:
     wall, cpu = [], []
     for _ in range(options.repeats):
         model.zero_grad()
-        synchronise(options.device)
+        wait_for_device()
         start = time.perf_counter(), time.process_time()
         loss = step()
-        synchronise(options.device)
+        wait_for_device()
         wall.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])
     squares = [weight.grad.double().square().sum() for weight in model.parameters() if weight.grad is not None]
@@ -212,17 +200,6 @@ def worker(options: argparse.Namespace) -> None:
     print(
         json.dumps(found | {"loss": loss, "gradient": sum(squares).sqrt().item(), "threads": torch.get_num_threads()})
     )
-
-
-def measure(options: argparse.Namespace, case: str, way: str) -> dict:
-    """Run one worker process."""
-    command = [sys.executable, __file__, "--way", way, "--case", case]
-    for name in ("layers", "prompt", "reply", "repeats", "pairs"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} {way}: exit {done.returncode}\n{done.stderr}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def speed(other: dict, figures: dict) -> str:
@@ -266,21 +243,6 @@ def show(case: str, found: dict[str, dict], layers: int) -> None:
     Console(width=110).print(table)
 
 
-def keep(options: argparse.Namespace, found: dict[str, dict]) -> None:
-    """Write the figures found so far to the --json file."""
-    load = os.getloadavg()
-    about = {
-        "command": "python benchmarks/preferences.py " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average": load[1],
-        "layers": options.layers,
-        **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"about": about, "results": found}, indent=2) + "\n")
-
-
 def main() -> None:
     """Print a table per case; --json FILE keeps the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,10 +263,11 @@ def main() -> None:
         return
     found: dict[str, dict] = {}
     for case in options.case:
-        found[case] = {way: measure(options, case, way) for way in options.ways}
+        same = ("layers", "prompt", "reply", "repeats", "pairs")
+        found[case] = {way: measure(__file__, options, same, way=way, case=case) for way in options.ways}
         show(case, found[case], options.layers)
         if options.json:
-            keep(options, found)
+            keep(options.json, __file__, found, ("torch", "transformers", "trl", "peft"))
 
 
 if __name__ == "__main__":

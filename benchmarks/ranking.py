@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from layouts import build, items_of, keep
+from layouts import build, items_of
+from workers import keep, measure, wait_for_device
 
 WAYS = ("padded", "shared")
 SIZES = tuple(range(2, 9))
@@ -51,23 +50,11 @@ def worker(options: argparse.Namespace) -> None:
             setup.model.zero_grad()
             loss, _ = objective.loss(setup.bind(), batch)
             loss.backward()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            wait_for_device()
             seconds.append(time.perf_counter() - start)
         # The first step pays for warming up.
         found[answers] = {"tokens": batch.ids.numel(), "seconds": min(seconds[1:]), "loss": loss.item()}
     print(json.dumps(found))
-
-
-def measure(options: argparse.Namespace, way: str) -> dict[str, dict]:
-    """Run one worker process; figures by K."""
-    command = [sys.executable, __file__, "--worker", way, "--sizes", *map(str, options.sizes)]
-    for name in ("layers", "prompt", "reply", "repeats"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -87,7 +74,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    found = {way: measure(options, way) for way in WAYS}
+    same = ("sizes", "layers", "prompt", "reply", "repeats")
+    found = {way: measure(__file__, options, same, worker=way) for way in WAYS}
     table = Table(title=f"PRO, one list a step, {options.layers} layers")
     for column in ("K", "tokens padded", "shared", "s/step padded", "shared", "speed", "loss padded", "shared"):
         table.add_column(column, justify="right")
@@ -102,7 +90,7 @@ def main() -> None:
         )
     Console().print(table)
     if options.json:
-        keep(options.json, "ranking.py", found)
+        keep(options.json, __file__, found)
 
 
 if __name__ == "__main__":
