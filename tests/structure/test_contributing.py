@@ -80,3 +80,19 @@ def test_the_template_is_written_as_shown(mine, tokenizer):
     renderer = make_renderer(TemplateConfig(template="plain_talk"), tokenizer)
     prompt = renderer.prompt(EXAMPLE.prompt, system="Be kind.")
     assert tokenizer.decode(prompt) == "Be kind.\n\nUser: What is a luthier?\nAssistant: "
+
+
+def test_the_drafter_repeats(mine):
+    drafter = registry.find("drafters", "echo").build(None, None, None, None)
+    assert drafter.propose([*range(100, 120)], 5).ids == [104, 105, 106, 107, 108]
+    assert drafter.propose([7, 8], 5).ids == [7, 8]
+
+
+def test_the_scorer_goes_by_rank(mine):
+    from luthier.engines.rounds import Mismatch, Round
+    from luthier.scorers._spot import Request, Spot, scorer_in
+
+    module = registry.find("scorers", "rank")
+    scorer = scorer_in(module)(module.Config(rank_power=2.0), None)
+    request, one = Request(0, "Q", [1], [2, 3], None), Round(0, [4], [2, 3], [])
+    assert scorer.score([Spot(request, one, Mismatch(0, 0.7, 0.25, rank)) for rank in (2, 3, 5)]) == [1, 1 / 4, 1 / 16]
