@@ -1,4 +1,4 @@
-"""Tiny models of three families that read images, with their processors, and pictures drawn here."""
+"""Tiny models of five families that read images, with their processors, and pictures drawn here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Family:
-    """A model with its processor; `folder` holds both where the processor can be loaded without torchvision."""
+    """A model with its processor, and the folder that holds both."""
 
     model: Any
     processor: Any
-    folder: Path | None = None
+    folder: Path
 
 
 def _saved(model, processor, folder: Path) -> Family:
@@ -82,28 +82,62 @@ def build_idefics3(folder: Path) -> Family:
     return _saved(transformers.AutoModelForImageTextToText.from_config(config), processor, folder)
 
 
-def build_qwen2_vl() -> Family:
-    """Positions in three dimensions (M-RoPE), images of any size."""
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def build_qwen(kind: str, folder: Path, seed: int, patch: int, sight: dict[str, Any], mrope: dict[str, Any]) -> Family:
+    """Positions in three dimensions (M-RoPE), images of any size. The files of the processor are as the hub has them,
+    so that transformers wants torchvision for videos."""
     import torch
     import transformers
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from tests.multimodal.images_only import ImagesOnly
+    from luthier.model.load import ModelConfig
+    from luthier.model.processor import load_processor
 
-    marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    tokenizer = build_tokenizer(extra_specials=marks)
-    pixels = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=112 * 112)
-    written = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    processor = ImagesOnly(pixels, tokenizer, chat_template=written)
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    config = transformers.Qwen2VLConfig(
-        text_config={"vocab_size": len(tokenizer), "rope_parameters": rope, **TEXT},
-        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+    tokenizer = build_tokenizer(extra_specials=MARKS)
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in MARKS)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={"vocab_size": len(tokenizer), "rope_parameters": mrope, "head_dim": 8, **TEXT},
+        vision_config=sight,
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
-    torch.manual_seed(2)
-    return Family(transformers.AutoModelForImageTextToText.from_config(config), processor)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    written = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    (folder / "chat_template.jinja").write_text(written)
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": f"{kind}Processor",
+        "patch_size": patch, "temporal_patch_size": 2, "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": 28 * 28, "longest_edge": 112 * 112},
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    videos = {**settings, "video_processor_type": f"{'Qwen3' if kind == 'Qwen3VL' else 'Qwen2'}VLVideoProcessor"}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    return Family(model, load_processor(ModelConfig(model_name_or_path=str(folder)), tokenizer), folder)
+
+
+def build_qwen2_vl(folder: Path) -> Family:
+    """Absolute pixels through one projection; the merger stands inside what sees."""
+    sight = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return build_qwen("Qwen2VL", folder, 2, 14, sight, MROPE)
+
+
+def build_qwen2_5_vl(folder: Path) -> Family:
+    """Attention within windows in all layers of what sees but the last."""
+    sight = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+             "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
+    return build_qwen("Qwen2_5_VL", folder, 3, 14, sight, MROPE)
+
+
+def build_qwen3_vl(folder: Path) -> Family:
+    """What sees adds to several layers of the language model (DeepStack); dimensions of positions interleaved."""
+    sight = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+             "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
+    return build_qwen("Qwen3VL", folder, 4, 16, sight, {**MROPE, "mrope_interleaved": True})
 
 
 @pytest.fixture(scope="session")
@@ -117,8 +151,18 @@ def idefics3(tmp_path_factory) -> Family:
 
 
 @pytest.fixture(scope="session")
-def qwen2_vl() -> Family:
-    return build_qwen2_vl()
+def qwen2_vl(tmp_path_factory) -> Family:
+    return build_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+
+
+@pytest.fixture(scope="session")
+def qwen2_5_vl(tmp_path_factory) -> Family:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_vl(tmp_path_factory) -> Family:
+    return build_qwen3_vl(tmp_path_factory.mktemp("qwen3_vl"))
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,14 @@ from luthier.model.load import ModelConfig
 from luthier.model.modality import part_of
 
 PREFIXES = {
-    "llava": {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector."},
-    "idefics3": {"vision": "model.vision_model.", "projector": "model.connector."},
-    "qwen2_vl": {"vision": "model.visual.", "projector": "model.visual.merger."},
+    "llava": {"vision": ("model.vision_tower.",), "projector": ("model.multi_modal_projector.",)},
+    "idefics3": {"vision": ("model.vision_model.",), "projector": ("model.connector.",)},
+    "qwen2_vl": {"vision": ("model.visual.",), "projector": ("model.visual.merger.",)},
+    "qwen2_5_vl": {"vision": ("model.visual.",), "projector": ("model.visual.merger.",)},
+    "qwen3_vl": {
+        "vision": ("model.visual.",),
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    },
 }
 """Written down from the architectures; what is left is the language model."""
 
@@ -43,7 +48,7 @@ def trained(model):
 
 
 @pytest.mark.parametrize("family", list(PREFIXES), indirect=True)
-def test_parts_of_three_architectures(family):
+def test_parts_of_each_architecture(family):
     name, model = family
     part = part_of(model)
     assert {weight: part(weight) for weight, _ in model.named_parameters()} == {
@@ -72,7 +77,7 @@ def test_full_trains_what_does_not_stand_still(family, keys, parts):
 @pytest.mark.parametrize("vision", [True, False])
 def test_lora_stands_on_the_language_model_unless_told_otherwise(family, target, vision):
     name, model = family
-    if name == "qwen2_vl" and target != "all":
+    if name.startswith("qwen") and target != "all":
         vision = True  # what sees has its queries and values in one weight
     found = trained(adapted(model, "lora", lora_target=target, freeze_vision_tower=vision))
     bare = {weight.removeprefix("base_model.model.") for weight in found}

@@ -22,7 +22,7 @@ from luthier.model.policy import PolicySetup
 from luthier.model.verify import verify
 from luthier.objectives.sft import Sft, SftConfig
 
-FAMILIES = ["llava", "idefics3", "qwen2_vl"]
+FAMILIES = ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SMALL = MediaConfig(image_min_pixels=1)
 
 
@@ -137,6 +137,42 @@ def test_loss_and_gradients_are_those_of_transformers(family, pictures):
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_a_blank_image_changes_no_number(family, pictures):
+    """Rows of text alone: loss and gradients are what they are without it, and those of what sees are zero."""
+    vision = vision_of(family, pictures)
+    rows = [example(("user", "Hi")), example(("user", "Hello hello hello, violin"))]
+    items = [(encode(vision, each)[0], str(nth)) for nth, each in enumerate(rows)]
+    setup = PolicySetup(copy.deepcopy(family.model).double())
+    found = {}
+    try:
+        for blank in (False, True):
+            batch = MediaCollate(vision, blank=blank)(items, layout="padded", pad_id=3)
+            assert ("pixel_values" in batch.media) == blank
+            assert verify(setup, batch).difference < 1e-10
+            setup.model.zero_grad()
+            loss, _ = Sft(SftConfig()).loss(setup.bind(), batch)
+            loss.backward()
+            found[blank] = loss.item(), {name: p.grad for name, p in setup.model.named_parameters()}
+            with torch.no_grad():
+                empty = MediaCollate(vision, blank=blank)([], layout="padded", pad_id=3)
+                assert len(setup.bind().logps(empty)) == 0
+        shown = MediaCollate(vision, blank=True)([(encode(vision, TWO)[0], "")], layout="padded", pad_id=3)
+        assert len(shown.ids) == 1, "what shows images needs no other"
+    finally:
+        setup.close()
+    assert found[False][0] == pytest.approx(found[True][0], abs=1e-12)
+    seen = 0
+    for name, gradient in found[True][1].items():
+        without = found[False][1][name]
+        if without is not None:
+            torch.testing.assert_close(gradient, without, rtol=0, atol=1e-12)
+        elif gradient is not None:
+            assert not gradient.any()
+            seen += "vision" in name or "visual" in name
+    assert seen > 5
 
 
 def test_an_image_that_would_be_cut_is_refused_with_a_count(llava, pictures):

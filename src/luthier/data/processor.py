@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 OF_THE_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 """What a processor returns that is no image."""
+BLANK = (64, 64)
+"""Sides of an image that shows nothing, in pixels. White, since some models drop images of zeros as padding."""
 REMEMBERED = 4096
 """Images whose tokens are kept in mind."""
 FAILURES = (ValueError, TypeError, OSError, RuntimeError, ZeroDivisionError, IndexError)
@@ -90,6 +92,14 @@ class Vision:
         except BadRow as bad:
             raise DataError(f"{bad.reason}: {bad.detail}") from None
         return tensors | self.kinds(torch.tensor([ids]))
+
+    def blank(self) -> tuple[list[int], dict[str, Tensor]]:
+        """A small white image as a row of its own: its ids, and what the forward call needs of it."""
+        from PIL import Image
+
+        made = self._call([self.token], [[Image.new("RGB", BLANK, "white")]], return_tensors="pt")
+        tensors = {name: value for name, value in made.items() if name not in OF_THE_TEXT}
+        return made["input_ids"][0].tolist(), tensors
 
     def fingerprint(self) -> str:
         """Everything that decides how many tokens an image becomes, but for the image."""
