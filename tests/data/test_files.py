@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from luthier.core.errors import DataError
+from luthier.core.hubs import Access
 from luthier.data.files import open_source
 from luthier.data.source import Source
 
@@ -178,8 +179,12 @@ def test_a_split_of_the_hub(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (file,) = open_source(Source(name="o/n", place="dataset", hub="o/n", subset="en", split="test", folder="sub"))
-    assert asked == [(("o/n",), {"name": "en", "split": "test", "data_dir": "sub", "streaming": False})]
+    source = Source(
+        name="o/n", place="dataset", hub="o/n", subset="en", split="test", folder="sub", revision="v2"
+    )
+    (file,) = open_source(source, access=Access(tokens={"hf": "hf_mine"}, cache_dir="there"))
+    chosen = {"name": "en", "split": "test", "data_dir": "sub", "revision": "v2"}
+    assert asked == [(("o/n",), chosen | {"streaming": False, "token": "hf_mine", "cache_dir": "there"})]
     assert len(file) == 7
     assert file.take([2, 0, 2]) == [ROWS[2], ROWS[0], ROWS[2]]
     assert file.take([]) == []

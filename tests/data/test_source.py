@@ -123,7 +123,6 @@ def test_what_is_wrong_is_named(folder, dataset, expected):
         ({"file_nam": "x"}, ["'file_nam'", "Did you mean 'file_name'"]),
         ({"file_name": "gone.json"}, ["no such file", "gone.json"]),
         ({"script_url": "x"}, ["script_url", "runs code"]),
-        ({"ms_hub_url": "x"}, ["ms_hub_url", "a library of its own"]),
         ({"formatting": "alpaca"}, ["nothing to read"]),
         ("text", ["expected a mapping"]),
     ],

@@ -11,7 +11,7 @@ import torch
 
 from luthier.core.errors import CheckpointError, ConfigError, DataError
 from luthier.data.encode import prepare
-from luthier.data.files import HubStream
+from luthier.data.hub import HubStream
 from luthier.data.source import DataConfig
 from luthier.data.template import TemplateConfig, make_renderer
 from luthier.objectives.kto import Kto

@@ -22,7 +22,8 @@ from luthier.core.errors import DataError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective, Renderer
 from luthier.core.paths import local
-from luthier.data.files import File, Hub
+from luthier.data.files import File
+from luthier.data.hub import Hub
 from luthier.data.source import DataConfig, Source
 from luthier.data.store import ITEMS, META
 

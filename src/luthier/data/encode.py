@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from luthier.core.errors import ConfigError, DataError
+from luthier.core.hubs import OPEN, Access
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.core.paths import local
@@ -69,13 +70,16 @@ class _Ready:
     """What decides this one's beside that. No names of files or data sets: moving a file changes no token."""
 
 
-def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int) -> Prepared:
+def prepare(
+    config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int, access: Access = OPEN
+) -> Prepared:
     """Read, encode, mix and split the data of a run, from the cache where the same content was encoded before.
 
+    access: how hubs may be reached.
     Raises ConfigError and DataError: what cannot be found, read or used, with file and row.
     """
     if config.streaming:
-        return _streamed(config, objective, renderer, cutoff_len=cutoff_len, seed=seed)
+        return _streamed(config, objective, renderer, cutoff_len=cutoff_len, seed=seed, access=access)
     if config.buffer_size != DataConfig.buffer_size:
         log.warning("buffer_size has no effect: it belongs to streaming, which is off.")
     shared = shared_parts(objective, renderer, cutoff_len)
@@ -85,8 +89,8 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
         if tokenized is not None and reusable:
             return Prepared(*load_tokenized(tokenized, shared))
         raise ConfigError("dataset: is not set. Name a data set of dataset_info.json, or the path of a file.")
-    named = _sources(config)
-    jobs = {source.name: _open(config, source, objective, renderer, cutoff_len) for _, source in named}
+    named = _sources(config, access)
+    jobs = {source.name: _open(config, source, objective, renderer, cutoff_len, access) for _, source in named}
     train, evaluated = (
         [_choose(jobs[source.name], source, config, shared, seed) for key, source in named if key == wanted]
         for wanted in ("dataset", "eval_dataset")
@@ -107,7 +111,9 @@ def prepare(config: DataConfig, objective: Objective, renderer: Printed, *, cuto
     return Prepared(train_set, eval_sets, report)
 
 
-def _streamed(config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int) -> Prepared:
+def _streamed(
+    config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int, access: Access
+) -> Prepared:
     """Data that are read while training; what is evaluated is encoded now."""
     if type(objective).complete is not Objective.complete:
         raise ConfigError(f"streaming: stage {stage_of(objective)} needs the whole data set at once; leave it out.")
@@ -115,10 +121,10 @@ def _streamed(config: DataConfig, objective: Objective, renderer: Printed, *, cu
     sets: dict[str, Tally] = {}
     if config.eval_dataset:
         own = replace(config, dataset=None, streaming=False, mix_strategy="concat", interleave_probs=None)
-        prepared = prepare(own, objective, renderer, cutoff_len=cutoff_len, seed=seed)
+        prepared = prepare(own, objective, renderer, cutoff_len=cutoff_len, seed=seed, access=access)
         evaluated, sets = prepared.eval, dict(prepared.report.sets)
-    named = sources(config.dataset, config.dataset_dir, key="dataset")
-    jobs = tuple(_open(config, source, objective, renderer, cutoff_len) for source in named)
+    named = sources(config.dataset, config.dataset_dir, key="dataset", access=access)
+    jobs = tuple(_open(config, source, objective, renderer, cutoff_len, access) for source in named)
     for job in jobs:
         if job.groups is not None or job.source.num_samples is not None:
             what = "num_samples" if job.groups is None else f"rows that share a {job.groups.join.key}"
@@ -157,12 +163,12 @@ def _refuse_if_all_cut(total: Tally, cutoff_len: int, train: EncodedSet | None) 
         )
 
 
-def _sources(config: DataConfig) -> list[tuple[str, Source]]:
+def _sources(config: DataConfig, access: Access) -> list[tuple[str, Source]]:
     """(key, data set) of both keys, where one name stands for one way of reading one set."""
     named: dict[str, Source] = {}
     found: list[tuple[str, Source]] = []
     for key, value in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)):
-        for source in sources(value, config.dataset_dir, key=key):
+        for source in sources(value, config.dataset_dir, key=key, access=access):
             if key == "eval_dataset" and source.weight is not None:
                 raise ConfigError(
                     f"{source.place}: weight has no meaning in eval_dataset: every row is evaluated once."
@@ -175,11 +181,13 @@ def _sources(config: DataConfig) -> list[tuple[str, Source]]:
     return found
 
 
-def _open(config: DataConfig, source: Source, objective: Objective, renderer: Printed, cutoff_len: int) -> Job:
+def _open(
+    config: DataConfig, source: Source, objective: Objective, renderer: Printed, cutoff_len: int, access: Access
+) -> Job:
     """Open the files of a data set and settle its format by its first row."""
     if source.url is not None:
         source = replace(source, path=fetched(source.url, source.place, cache_folder(config) / "fetched"))
-    files = open_source(source, reach=config.buffer_size if config.streaming else None)
+    files = open_source(source, reach=config.buffer_size if config.streaming else None, access=access)
     joined = None if source.format is None else join_of(find("formats", source.format))
     # Of a folder, the file that is merged in holds no rows of its own.
     files = tuple(file for file in files if joined is None or file.path.name != joined.sibling)

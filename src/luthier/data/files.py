@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.core import hubs
 from luthier.core.errors import DataError
 from luthier.data.source import Source, excerpt
 
@@ -144,63 +145,15 @@ class Table(File):
         return rows
 
 
-class Hub(File):
-    """A split of a data set from the hub, as `datasets` keeps it."""
-
-    def __init__(self, name: str, data: Any):
-        super().__init__(Path(name))
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def take(self, index: Sequence[int]) -> list[Row]:
-        columns = self.data[list(index)]
-        return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-class HubStream(File):
-    """A split of a data set from the hub, read from its beginning to its end and never stored.
-
-    Rows come nearly in order: `reach` rows before the first of a request may still be asked for, and are held.
-    """
-
-    def __init__(self, name: str, data: Any, rows: int, reach: int):
-        super().__init__(Path(name))
-        self.data, self.rows, self.reach = data, rows, reach
-        self._held: dict[int, Row] = {}
-        self._coming: Iterator[Row] | None = None
-        self._next = 0
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __reduce__(self):
-        return HubStream, (str(self.path), self.data, self.rows, self.reach)
-
-    def take(self, index: Sequence[int]) -> list[Row]:
-        begin, last = max(min(index, default=0) - self.reach, 0), max(index, default=-1)
-        gone = any(i < self._next and i not in self._held for i in index)
-        if self._coming is None or gone or begin > self._next:
-            # What lies before is skipped where it is stored, without being read.
-            self._coming, self._next, self._held = iter(self.data.skip(begin)), begin, {}
-        self._held = {i: row for i, row in self._held.items() if i >= begin}
-        while self._next <= last:
-            row = next(self._coming, None)
-            if row is None:
-                raise DataError(f"{self.path}: ended after {self._next} rows, and {self.rows} were announced.")
-            self._held[self._next] = row
-            self._next += 1
-        return [self._held[i] for i in index]
-
-
-def open_source(source: Source, *, reach: int | None = None) -> list[File]:
+def open_source(source: Source, *, reach: int | None = None, access: hubs.Access = hubs.OPEN) -> list[File]:
     """The files of a data set, in the order of their names. Raises DataError.
 
-    reach: stream what lies on the hub, asked for in an order that goes back at most so many rows.
+    reach: stream what lies on the Hugging Face hub, asked for in an order that goes back at most so many rows.
     """
     if source.path is None:
-        return [_open_hub(source, reach)]
+        from luthier.data.hub import open_hub
+
+        return [open_hub(source, reach, access)]
     paths = _folder_files(source.path / (source.folder or "")) if source.path.is_dir() else [source.path]
     files = [_open(path, source.place) for path in paths]
     if not any(len(file) for file in files):
@@ -331,31 +284,6 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
         raise
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not {kind} file, or a broken one: {str(error).splitlines()[0]}") from None
-
-
-def _open_hub(source: Source, reach: int | None) -> File:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(
-            source.hub, name=source.subset, data_dir=source.folder, split=source.split, streaming=reach is not None
-        )
-    except Exception as error:
-        raise DataError(
-            f"{source.place}: {source.hub!r} is no local file or folder, and loading it from the hub failed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if reach is not None:
-        known = (data.info.splits or {}).get(source.split)
-        if known is None or not known.num_examples:
-            raise DataError(
-                f"{source.place}: the hub does not say how many rows {source.hub} has, which streaming needs to know. "
-                "Leave streaming out, or download it as a file."
-            )
-        return HubStream(str(source.hub), data, known.num_examples, reach)
-    if not len(data):
-        raise DataError(f"{source.place}: {source.hub} is empty: its split {source.split!r} holds no rows.")
-    return Hub(str(source.hub), data)
 
 
 def _decode(raw: bytes, place: str) -> str:

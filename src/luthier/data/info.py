@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import ConfigError, DataError
+from luthier.core.hubs import HUBS, OPEN, Access, chosen
 from luthier.core.paths import is_file, is_folder, lies, local
 from luthier.core.registry import miss, names
 from luthier.data.files import parse_json
 from luthier.data.source import COLUMNS, TAGS, Columns, Source, excerpt
 
 INFO = "dataset_info.json"
-HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
-INFO_KEYS = (*HUBS, "cloud_file_name", "file_name", "formatting", "ranking", "subset", "split", "folder",
-             "num_samples", "columns", "tags")  # fmt: skip
-INLINE_KEYS = ("path", "name", "format", "formatting", "ranking", "subset", "split", "folder", "num_samples", "weight",
-               "columns", "tags")  # fmt: skip
+STORES = {"hf": "hf_hub_url"} | {name: hub.entry for name, hub in HUBS.items()}
+"""Hubs, and the key of an entry that names a data set there; the first is taken where the environment chooses none."""
+SELECTION = ("subset", "split", "folder", "revision", "num_samples")
+"""Which part of a data set is used."""
+INFO_KEYS = (*STORES.values(), "script_url", "cloud_file_name", "file_name", "file_sha1", "formatting", "ranking",
+             *SELECTION, "columns", "tags")  # fmt: skip
+INLINE_KEYS = ("path", "name", "format", "formatting", "ranking", *SELECTION, "weight", "columns", "tags")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 
@@ -34,6 +37,7 @@ def sources(
     dataset_dir: str | Mapping[str, Any],
     *,
     key: str = "dataset",
+    access: Access = OPEN,
 ) -> list[Source]:
     """Every data set a key names, in order. Raises ConfigError or DataError."""
     if dataset is None:
@@ -42,7 +46,7 @@ def sources(
     entries = [entry for entry in entries if entry != ""]
     if not entries:
         raise ConfigError(f"{key}: is empty. Name a data set, or leave the key out.")
-    info = _Info(dataset_dir)
+    info = _Info(dataset_dir, access)
     return [
         _inline(entry, f"{key}[{nth}]", info) if isinstance(entry, Mapping) else info.named(entry, key)
         for nth, entry in enumerate(entries)
@@ -52,7 +56,7 @@ def sources(
 class _Info:
     """What `dataset_dir` offers, read when first asked."""
 
-    def __init__(self, dataset_dir: str | Mapping[str, Any]):
+    def __init__(self, dataset_dir: str | Mapping[str, Any], access: Access):
         self.online = dataset_dir == "ONLINE"
         self.folder: Path | None = None
         self.title = INFO
@@ -60,7 +64,7 @@ class _Info:
         if isinstance(dataset_dir, Mapping):
             self.entries, self.title = dataset_dir, "dataset_dir"
         elif dataset_dir.startswith("REMOTE:"):
-            file = _remote(dataset_dir.removeprefix("REMOTE:"))
+            file = _remote(dataset_dir.removeprefix("REMOTE:"), access)
             self.entries, self.title = _read_info(file), str(file)
         elif not self.online:
             self.folder = local(dataset_dir)
@@ -73,12 +77,12 @@ class _Info:
         if name in self.entries:
             return self._entry(name)
         if self.online:
-            return Source(name=name, place=key, hub=name)
+            return Source(name=name, place=key, hub=name, store=chosen() or "hf")
         local = self.find(name)
         if local is not None:
             return Source(name=name, place=key, path=local)
         if HUB_ID.fullmatch(name) and Path(name).suffix not in FILE_TYPES:
-            return Source(name=name, place=key, hub=name)
+            return Source(name=name, place=key, hub=name, store=chosen() or "hf")
         if Path(name).suffix in FILE_TYPES or "/" in name or "\\" in name:
             raise DataError(_no_file(name, key, self.folder))
         if not self.entries:
@@ -109,14 +113,9 @@ class _Info:
             raise DataError(
                 f"{place}: script_url runs code from the data set, which Luthier never does. Use file_name."
             )
-        for hub in ("hf_hub_url", "ms_hub_url", "om_hub_url"):
-            if entry.get(hub) and not (hub != "hf_hub_url" and entry.get("hf_hub_url")):
-                if hub != "hf_hub_url":
-                    raise DataError(
-                        f"{place}: {hub}: this hub has a library of its own, which Luthier does not use. Download the "
-                        "data and give file_name, or hf_hub_url."
-                    )
-                return replace(source, hub=entry[hub])
+        online = _online(entry, place)
+        if online is not None:
+            return replace(source, store=online[0], hub=online[1])
         if entry.get("cloud_file_name"):
             return replace(source, url=str(entry["cloud_file_name"]))
         if not entry.get("file_name"):
@@ -176,12 +175,27 @@ def _inline(entry: Mapping[str, Any], place: str, info: _Info) -> Source:
 
 
 def _selection(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """subset, split, folder and num_samples, as far as they are given."""
-    chosen = {name: entry[name] for name in ("subset", "split", "folder", "num_samples") if entry.get(name) is not None}
-    wanted = chosen.get("num_samples", 1)
+    """subset, split, folder, revision and num_samples, as far as they are given."""
+    given = {name: entry[name] for name in SELECTION if entry.get(name) is not None}
+    for name in ("subset", "split", "folder", "revision"):
+        if not isinstance(given.get(name, ""), str):
+            raise ConfigError(f"{place}: {name}: {excerpt(given[name])} must be text.")
+    wanted = given.get("num_samples", 1)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ConfigError(f"{place}: num_samples: {excerpt(wanted)} must be a whole number of 1 or more.")
-    return chosen
+    return given
+
+
+def _online(entry: Mapping[str, Any], place: str) -> tuple[str, str] | None:
+    """Which hub an entry is read from, and its id there: the one the environment chooses, else the first there is."""
+    there = {store: entry[key] for store, key in STORES.items() if entry.get(key)}
+    for store, name in there.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{place}: {STORES[store]}: {excerpt(name)} must be text, such as org/name.")
+    wanted = chosen()
+    if wanted in there:
+        return wanted, there[wanted]
+    return next(iter(there.items()), None)
 
 
 def _columns(entry: Mapping[str, Any], defaults: Mapping[str, str | None], place: str) -> Columns:
@@ -237,11 +251,13 @@ def _read_info(file: Path) -> Mapping[str, Any]:
     return entries
 
 
-def _remote(repo: str) -> Path:
+def _remote(repo: str, access: Access) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repo, INFO, repo_type="dataset"))
+        return Path(
+            hf_hub_download(repo, INFO, repo_type="dataset", token=access.tokens.get("hf"), cache_dir=access.cache_dir)
+        )
     except (OSError, ValueError) as error:
         raise DataError(f"dataset_dir: REMOTE:{repo}: {INFO} could not be fetched from the hub: {error}") from None
 

@@ -220,6 +220,10 @@ class Source:
     path: Path | None = None
     hub: str | None = None
     """Hub id, where there is no local path."""
+    store: str = "hf"
+    """Which hub that is: hf, or a name in `core.hubs`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
     url: str | None = None
     """Address of a file in a cloud's storage."""
     format: str | None = None

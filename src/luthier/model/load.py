@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.core import manifest
+from luthier.core import hubs, manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.model import quantise, rope
@@ -39,13 +39,17 @@ class ModelConfig:
     """Which model, and how it is loaded."""
 
     model_name_or_path: str
-    """Folder of the model, or its id on the Hugging Face hub."""
+    """Folder of the model, or its id on the Hugging Face hub; on ModelScope with USE_MODELSCOPE_HUB=1."""
     model_revision: str = "main"
     """Branch, tag or commit on the hub."""
     cache_dir: str | None = None
     """Where downloads are kept; unset: the usual cache of the Hugging Face hub."""
     hf_hub_token: str | None = None
-    """Token for models on the hub that need one; unset: what `hf auth login` stored."""
+    """Token for models and data on the hub that need one; unset: what `hf auth login` stored."""
+    ms_hub_token: str | None = None
+    """Token for models and data on ModelScope; unset: what `modelscope login` stored."""
+    om_hub_token: str | None = None
+    """Token for models and data on Modelers (openMind); unset: what its own login stored."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you trust as you trust programs."""
     torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -173,13 +177,35 @@ def local_folder(key: str, name: str) -> Path | None:
     return None
 
 
+def model_folder(config: ModelConfig) -> Path | None:
+    """The folder of the model, fetched where another hub than Hugging Face's is chosen; None for an id on that one."""
+    folder = local_folder("model_name_or_path", config.model_name_or_path)
+    other = hubs.chosen()
+    if folder is not None or other is None:
+        return folder
+    return hubs.snapshot(
+        other,
+        config.model_name_or_path,
+        kind="model",
+        place="model_name_or_path",
+        access=access(config),
+        revision=config.model_revision,
+    )
+
+
+def access(config: ModelConfig) -> hubs.Access:
+    """How the run of a model may reach hubs, for its data too."""
+    tokens = {"hf": config.hf_hub_token, "modelscope": config.ms_hub_token, "openmind": config.om_hub_token}
+    return hubs.Access(tokens=tokens, cache_dir=config.cache_dir)
+
+
 def read_settings(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json, checked to be that of a language model, or of one that reads images too."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = config.model_name_or_path
-    folder = local_folder("model_name_or_path", name)
+    folder = model_folder(config)
     if folder is not None:
         _check_folder(folder, weights=not config.train_from_scratch)
     try:
@@ -274,7 +300,7 @@ def _pretrained(
     from safetensors import SafetensorError
 
     name = config.model_name_or_path
-    folder = local_folder("model_name_or_path", name)
+    folder = model_folder(config)
     if folder is not None:
         manifest.check_weights("model_name_or_path", folder)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ModelError
-from luthier.model.load import ModelConfig, hub, local_folder, no_source, sees
+from luthier.model.load import ModelConfig, hub, model_folder, no_source, sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ def load_processor(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> A
     Raises ModelError where the model has none, or where a package is missing.
     """
     name = config.model_name_or_path
-    folder = local_folder("model_name_or_path", name)
+    folder = model_folder(config)
     if folder is not None and not (folder / "config.json").exists():
         return None  # a tokenizer alone
     from transformers import AutoConfig, AutoProcessor, ProcessorMixin
@@ -56,7 +56,7 @@ class KeepProcessor:
         from transformers.utils import cached_file
 
         name = config.model_name_or_path
-        folder = local_folder("model_name_or_path", name)
+        folder = model_folder(config)
         found = [
             cached_file(str(folder or name), file, _raise_exceptions_for_missing_entries=False, **hub(config))
             for file in FILES

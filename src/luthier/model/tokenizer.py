@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
-from luthier.model.load import ModelConfig, hub, local_folder, no_source
+from luthier.model.load import ModelConfig, hub, model_folder, no_source
 from luthier.model.modules import as_names
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = config.model_name_or_path
-    folder = local_folder("model_name_or_path", name)
+    folder = model_folder(config)
     if folder is not None and not (folder / "config.json").exists() and not any((folder / f).exists() for f in FILES):
         raise ModelError(
             f"model_name_or_path: {folder} is no model folder: it has neither config.json nor a tokenizer."

@@ -51,7 +51,7 @@ ALL = "all of them"
 
 FREE: dict[str, str] = {
     "run": "plugins",
-    "model": "cache_dir hf_hub_token trust_remote_code infer_dtype print_param_status",
+    "model": "cache_dir hf_hub_token ms_hub_token om_hub_token trust_remote_code infer_dtype print_param_status",
     "quant": "quantization_device_map",
     "data": "dataset_dir media_dir overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path "
     "data_shared_file_system max_bad_rows data_cache_dir",
