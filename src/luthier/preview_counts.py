@@ -49,8 +49,7 @@ def _remarks(report: DataReport, limit: int | None) -> list[tuple[str, str]]:
         for reason, bad in tally.bad.items():
             more = f" and {bad.count - len(bad.first):,} more" if bad.count > len(bad.first) else ""
             lines.append((f"{name}: {bad.count:,} rows dropped: {reason}: {'; '.join(bad.first)}{more}", "red"))
-        if tally.idle_rows:
-            lines.append((f"{name}: {tally.idle_rows:,} rows are in order and bring nothing to train.", "yellow"))
+        lines += [(f"{name}: {remark}.", "yellow") for remark in tally.remarks]
         if tally.truncated_rows:
             share = tally.truncated_tokens / max(tally.path_tokens + tally.truncated_tokens, 1)
             words = f"{tally.truncated_rows:,} rows were cut to cutoff_len and lost {tally.truncated_tokens:,} tokens"

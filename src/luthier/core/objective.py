@@ -54,6 +54,10 @@ class Renderer(Protocol):
     def prompt(self, messages: Sequence[Message], *, system: str = "", tools: str = "") -> list[int]:
         """What the model is given when it is to speak next: the ids training saw before a response."""
 
+    def unserved(self, messages: Sequence[Message]) -> bool:
+        """Whether `branches` shows a response after a history that `prompt` would write otherwise, so that no server
+        sends what was trained."""
+
     def document(self, text: str) -> list[int]:
         """A pre-training document: its ids, with bos where the tokenizer adds one, and eos."""
 
@@ -141,6 +145,10 @@ class Objective(ABC):
     @abstractmethod
     def encode(self, example: Example, renderer: Renderer, *, cutoff_len: int) -> Sequence[Encoded]:
         """Ids and weights of one example; several Encoded if it must be cut, none if nothing is left to train."""
+
+    def unserved(self, example: Example, renderer: Renderer) -> bool:
+        """Whether this example is trained after a history that no server sends; most stages ask as servers do."""
+        return False
 
     def gather(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         """Examples made of the encoded rows of one group, for formats whose rows belong together (`data/groups.py`).

@@ -108,6 +108,10 @@ class ChatTemplateRenderer:
             last = [(asked, "")]
         return self._pieces.join(piece for pair in last for piece in pair)
 
+    def unserved(self, messages: Sequence[Message]) -> bool:
+        """See Renderer. What the template shows otherwise later is a branch."""
+        return False
+
     def document(self, text: str) -> Ids:
         """See Renderer."""
         return [*self._head, *self._pieces(text), self.tokenizer.eos_token_id]

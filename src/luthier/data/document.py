@@ -55,6 +55,10 @@ class DocumentRenderer:
         """Raises ConfigError."""
         raise ConfigError(self.problem)
 
+    def unserved(self, messages: Sequence[Message]) -> bool:
+        """See Renderer."""
+        return False
+
     def document(self, text: str) -> list[int]:
         """See Renderer."""
         return [*self._head, *self._pieces(text), self.tokenizer.eos_token_id]

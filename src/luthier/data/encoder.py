@@ -180,6 +180,7 @@ def encode_items(job: Job, chunk: Chunk) -> tuple[list[tuple[Origin, Encoded]], 
             error.add_note(f"while encoding {place}")
             raise
         items += [(origin, encoded) for encoded in found]
+        tally.unserved_rows += job.objective.unserved(example, job.renderer)
         cut = sum(encoded.truncated for encoded in found)
         tally.truncated_rows += cut > 0
         tally.truncated_tokens += cut

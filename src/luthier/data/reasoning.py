@@ -7,12 +7,14 @@
 
 The rules are LLaMA-Factory's. History is what stands before the exchange that is spoken of. Its thoughts are stripped
 unless `preserve_thinking`, as the models' own chat templates do.
+
+`UNLIKE` says where a row is trained after other tokens than `Renderer.prompt` builds, and there is no other place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from luthier.core.types import Message
@@ -66,3 +68,31 @@ class Reasoning:
         else:
             rendered, candidates = self.spoken(messages), places
         return rendered, {place for place in candidates if not self.thinks(rendered[place].content)}
+
+    def unlike(self, messages: Sequence[Message], place: int, *, one_sequence: bool) -> list[str]:
+        """Names of `UNLIKE` that are true of the response at this place. one_sequence: every response is trained, and
+        not as branches."""
+        return [name for name, holds in UNLIKE.items() if holds(self, messages, place, one_sequence)]
+
+
+def _history(rules: Reasoning, messages: Sequence[Message], place: int, one_sequence: bool) -> bool:
+    """LLaMA-Factory's one sequence keeps thoughts of earlier turns and writes empty ones; servers send neither."""
+    if rules.preserve or rules.branch or not one_sequence:
+        return False
+    earlier = [message for message in messages[:place] if message.role in RESPONSES]
+    kept = zip(rules.spoken(earlier), rules.past(earlier))
+    return any(trained.content != sent.content or not rules.thinks(trained.content) for trained, sent in kept)
+
+
+def _own_thought(rules: Reasoning, messages: Sequence[Message], place: int, one_sequence: bool) -> bool:
+    """With enable_thinking false or null a server's prompt ends with an empty thought; a response that has a thought
+    (with false: half of one, which cannot be stripped) is trained without."""
+    [response] = rules.spoken(messages[place : place + 1])
+    return not rules.trains_empty and rules.thinks(response.content)
+
+
+UNLIKE: Mapping[str, Callable[[Reasoning, Sequence[Message], int, bool], bool]] = {
+    "history": _history,
+    "own thought": _own_thought,
+}
+"""How the tokens before a trained response can differ from the prompt that `infer`, `chat` and servers build."""

@@ -14,7 +14,8 @@ SHOWN = 3
 """How many rows are named for each reason."""
 
 
-COUNTS = ("rows", "items", "truncated_rows", "truncated_tokens", "tokens", "path_tokens", "supervised", "idle_rows")
+COUNTS = ("rows", "items", "truncated_rows", "truncated_tokens", "tokens", "path_tokens", "supervised", "idle_rows",
+          "unserved_rows")  # fmt: skip
 
 
 @dataclass
@@ -42,9 +43,25 @@ class Tally:
     supervised: int = 0
     idle_rows: int = 0
     """Rows that are as they should be and bring nothing to train, such as rounds in which every draft token matched."""
+    unserved_rows: int = 0
+    """Rows that are trained after a history that no server sends."""
     bad: dict[str, Bad] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     """Every column seen, in order of appearance."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of rows that are used."""
+        found = []
+        if self.idle_rows:
+            found.append(f"{self.idle_rows:,} rows are in order and bring nothing to train")
+        if self.unserved_rows:
+            found.append(
+                f"{self.unserved_rows:,} rows of several turns are trained with thoughts in their history, as one "
+                "sequence (so does LLaMA-Factory), but chat, infer and servers send none: branch_thinking: true trains "
+                "what they send, preserve_thinking: true has them send what is trained"
+            )
+        return found
 
     @property
     def bad_rows(self) -> int:
@@ -122,11 +139,7 @@ class DataReport:
             for name, tally in self.sets.items()
             for reason, bad in tally.bad.items()
         ]
-        lines += [
-            Text(f"{name}: {tally.idle_rows:,} rows are in order and bring nothing to train")
-            for name, tally in self.sets.items()
-            if tally.idle_rows
-        ]
+        lines += [Text(f"{name}: {remark}") for name, tally in self.sets.items() for remark in tally.remarks]
         held = ", ".join(f"{count:,}{f' in {name}' if name else ''}" for name, count in self.eval.items())
         trained = (
             f"Streaming {self.streamed:,} rows an epoch" if self.streamed else f"Training on {self.train:,} examples"

@@ -13,7 +13,7 @@ from luthier.data.pieces import Pieces
 from luthier.data.reasoning import Reasoning
 from luthier.data.template import BOS, EOS, Parts, Template, TemplateConfig, Token
 from luthier.data.tools import read_calls, read_definitions, read_reply, tool_format, write_calls
-from luthier.data.turns import RESPONSES, check_alternation, check_ends, join_results
+from luthier.data.turns import RESPONSES, check_alternation, check_ends, join_results, responses
 from luthier.data.vocabulary import document_head, require, settle, token_id
 
 _PARTS = ("prefix", "opening", "system", "user", "observation", "assistant", "function")
@@ -38,7 +38,7 @@ class SlotRenderer:
         self._slots = {part: template.slots(part) for part in _PARTS}
         self._unanswered = {role: template.without_opening(role) for role in ("user", "observation")}
         self._fit_tokenizer()
-        settle_chat_template(template, tokenizer, self._reasoning, self.name)
+        settle_chat_template(template, tokenizer, self._reasoning, self._date, self.name)
         slots = [slot for part in self._slots.values() for slot in part]
         tokens = {slot: token_id(tokenizer, slot.text) for slot in slots if isinstance(slot, Token)}
         self._ids = {BOS: tokenizer.bos_token_id, EOS: tokenizer.eos_token_id} | tokens
@@ -108,6 +108,13 @@ class SlotRenderer:
         """See Renderer."""
         check_ends(messages, response_last=False, template=self.name)
         return self.oneturn((*messages, Message("assistant", "")), system=system, tools=tools)[0]
+
+    def unserved(self, messages: Sequence[Message]) -> bool:
+        """See Renderer."""
+        rules = self._reasoning
+        if rules is None:
+            return False
+        return any("history" in rules.unlike(messages, place, one_sequence=True) for place in responses(messages))
 
     def document(self, text: str) -> Ids:
         """See Renderer."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 from luthier.core.errors import ConfigError, TemplateError
 from luthier.core.registry import find, miss, names
 from luthier.core.types import Call, Reply
+from luthier.data.tool_jinja import ToolJinja
 
 Definition = dict[str, Any]
 """A function as OpenAI's API describes it, without the `{"type": "function"}` around it."""
@@ -32,6 +33,8 @@ class ToolFormat(Protocol):
 
     JOINT: str
     """What stands between text and the calls after it, if the text does not end with a blank itself."""
+    JINJA: ToolJinja | None
+    """`describe` and `call` for the chat template that is saved with a model; None: it refuses tools."""
 
     def describe(self, tools: Sequence[Definition], date: str) -> str:
         """The text that lists the tools; it follows the system prompt."""
@@ -44,13 +47,20 @@ class ToolFormat(Protocol):
         texts from numbers where the dialect does not."""
 
 
+_PARTS = ("JOINT", "JINJA", "describe", "call", "parse")
+
+
 @cache
 def tool_format(name: str) -> ToolFormat:
     """The dialect of this name; ConfigError lists what there is."""
     known = names("tool_formats")
     if name not in known:
         raise ConfigError(f"tool_format: {miss('tool format', name, known)}")
-    return cast(ToolFormat, find("tool_formats", name))
+    module = find("tool_formats", name)
+    missing = [part for part in _PARTS if part not in vars(module)]
+    if missing:
+        raise ConfigError(f"tool_format: {module.__file__} has no {', '.join(missing)}; see docs/templates.md.")
+    return cast(ToolFormat, module)
 
 
 def read_definitions(text: str) -> list[Definition]:

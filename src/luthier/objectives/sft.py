@@ -65,6 +65,9 @@ class Sft(Objective):
             spoken, truncated = spoken + len(branch), truncated + cut - (0 if turns else shared)
         return [Encoded(tuple(paths), truncated)] if paths else []
 
+    def unserved(self, example, renderer):
+        return not self.last_only and renderer.unserved((*example.prompt, *example.answers[0].messages))
+
     @property
     def last_only(self) -> bool:
         """Whether only the last response of a conversation is trained."""

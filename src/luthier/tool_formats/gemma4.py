@@ -13,6 +13,7 @@ from luthier.data.tool_text import named, outside
 from luthier.data.tools import Definition, Parsed
 
 JOINT = ""
+JINJA = None  # Gemma's own chat template has it; ours would need a schema written by recursion
 _QUOTE = '<|"|>'
 _CALL = re.compile(r"<\|tool_call>call:([^{\s]+)(?=\{)")
 _END = "<tool_call|>"

@@ -6,24 +6,34 @@ import re
 from collections.abc import Sequence
 
 from luthier.core.types import Call
+from luthier.data.tool_jinja import VALUE, WRAPPED, ToolJinja, each_argument, each_call, each_tool, says
 from luthier.data.tool_text import as_json, as_value, named, outside, typed
 from luthier.data.tools import Definition, Parsed, wrapped_definition
 
 JOINT = ""
 _CALL = re.compile(r"\n?<tool_call>([^<\n]+)\n?(.*?)</tool_call>", re.DOTALL)
 _ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_BEFORE = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_AFTER = (
+    "\n</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
+    "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
+    "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>\n"
+)
+_ARGUMENT_IN_JINJA = "{{ '<arg_key>' + name + '</arg_key>\\n<arg_value>' + " + VALUE + " + '</arg_value>\\n' }}"
+JINJA = ToolJinja(
+    describe=says(_BEFORE) + each_tool("{{ '\\n' + " + WRAPPED + "|tojson }}") + says(_AFTER),
+    call=each_call(
+        "{{ '\\n<tool_call>' + call['name'] + '\\n' }}" + each_argument(_ARGUMENT_IN_JINJA) + says("</tool_call>")
+    ),
+)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:
     """See ToolFormat."""
-    listing = "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools)
-    return (
-        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{listing}\n</tools>\n\n"
-        "For each function call, output the function name and arguments within the following XML format:\n"
-        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
-        "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>\n"
-    )
+    return _BEFORE + "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools) + _AFTER
 
 
 def call(calls: Sequence[Call]) -> str:

@@ -10,12 +10,24 @@ from typing import Any
 
 from luthier.core.errors import TemplateError
 from luthier.core.types import Call
+from luthier.data.tool_jinja import ToolJinja, each_argument, each_call, each_tool, says
 from luthier.data.tool_text import as_json, named, outside
 from luthier.data.tools import Definition, Parsed
 
 JOINT = ""
 _CALLS = re.compile(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", re.DOTALL)
 _CONSTANTS = {"true": True, "false": False, "null": None}
+JINJA = ToolJinja(
+    describe=says("List of tools: <|tool_list_start|>[")
+    + each_tool("{{ (', ' if not loop.first else '') + tool|tojson }}")
+    + says("]<|tool_list_end|>"),
+    call=says("<|tool_call_start|>[")
+    + each_call(
+        "{{ call['name'] + '(' }}" + each_argument("{{ name + '=' + value|tojson }}", joint=", ") + says(")"),
+        joint=", ",
+    )
+    + says("]<|tool_call_end|>"),
+)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:

@@ -6,22 +6,27 @@ import re
 from collections.abc import Sequence
 
 from luthier.core.types import Call
+from luthier.data.tool_jinja import ToolJinja, each_call, each_tool, json_call, says
 from luthier.data.tool_text import as_json, json_calls
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n"
 _CALLS = re.compile(r"<tool_calls>\s*(.*?)\s*</tool_calls>(?=\s*\Z)", re.DOTALL)
+_BEFORE = "You are provided with these tools:\n<tools>\n"
+_AFTER = (
+    "</tools>\n\nIf you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide "
+    'tool-name and json-object of arguments, following the format below:\n<tool_calls>\n{"name": <tool-name-1>, '
+    '"arguments": <args-json-object-1>}\n...\n</tool_calls>'
+)
+JINJA = ToolJinja(
+    describe=says(_BEFORE) + each_tool("{{ tool|tojson + '\\n' }}") + says(_AFTER),
+    call=says("<tool_calls>\n") + each_call(json_call(), joint="\n") + says("\n</tool_calls>"),
+)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:
     """See ToolFormat."""
-    listing = "".join(as_json(tool) + "\n" for tool in tools)
-    return (
-        f"You are provided with these tools:\n<tools>\n{listing}</tools>\n\n"
-        "If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and "
-        'json-object of arguments, following the format below:\n<tool_calls>\n{"name": <tool-name-1>, '
-        '"arguments": <args-json-object-1>}\n...\n</tool_calls>'
-    )
+    return _BEFORE + "".join(as_json(tool) + "\n" for tool in tools) + _AFTER
 
 
 def call(calls: Sequence[Call]) -> str:

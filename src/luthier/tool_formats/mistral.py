@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.core.types import Call
+from luthier.data.tool_jinja import WRAPPED, ToolJinja, each_call, each_tool, json_call, says
 from luthier.data.tool_text import as_json, json_calls
 from luthier.data.tools import Definition, Parsed, wrapped_definition
 
 JOINT = ""
+JINJA = ToolJinja(
+    describe=says("[AVAILABLE_TOOLS] [")
+    + each_tool("{{ (', ' if not loop.first else '') + " + WRAPPED + "|tojson }}")
+    + says("][/AVAILABLE_TOOLS]"),
+    call=says("[") + each_call(json_call(), joint=", ") + says("]"),
+)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:

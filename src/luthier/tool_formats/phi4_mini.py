@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.core.types import Call
+from luthier.data.tool_jinja import ToolJinja, each_call, each_tool, json_call, says
 from luthier.data.tool_text import as_json, json_calls
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n"
 _MARK = "functools["
+JINJA = ToolJinja(
+    describe=says("<|tool|>[") + each_tool("{{ (', ' if not loop.first else '') + tool|tojson }}") + says("]<|/tool|>"),
+    call=says("functools[") + each_call(json_call(), joint=", ") + says("]"),
+)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:
