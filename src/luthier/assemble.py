@@ -100,16 +100,21 @@ def lay_out(
     """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch, unless `late`."""
     from luthier.data.layout import collate
     from luthier.data.media_batch import MediaCollate
+    from luthier.model.sight import trains_sight
     from luthier.train import rows
 
     vision = vision_of(run, tokenizer)
+    lay: Any = collate
     if vision is not None:
         log.info("The model reads images: every example is a padded row of its own, at the positions the model gives.")
+        shown = MediaCollate(vision, blank=True)([], layout="padded", pad_id=tokenizer.pad_token_id)
+        # `late`: an engine cuts the weights, and its processes gather them together, whatever their rows show.
+        lay = MediaCollate(vision, blank=trains_sight(setup.model, shown) or late)
     return rows.lay_out(
         examples,
         setup,
         wish="padded" if setup.router or vision is not None else run.layout.layout,
-        lay=collate if vision is None else MediaCollate(vision),
+        lay=lay,
         batch_size=batch_size,
         pad_id=tokenizer.pad_token_id,
         columns=[column.name for column in run.objective.columns],
