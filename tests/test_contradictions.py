@@ -127,6 +127,14 @@ OURS = [
     ({"moe_aux_loss_coef": 0.01, "layout": "shared"}, {"moe_aux_loss_coef": 0.0, "layout": "shared"}),
     ({"use_dora": True, "quantization_bit": 8}, {"use_dora": True, "quantization_bit": 4}),
     ({"activation_offload": True, "disable_gradient_checkpointing": True}, {"activation_offload": True}),
+    ({"auto_find_batch_size": True, "fsdp": "full_shard auto_wrap"}, {"auto_find_batch_size": True, "fsdp": "false"}),
+    ({"auto_find_batch_size": True, "deepspeed": "zero2.json"}, {"auto_find_batch_size": True}),
+    ({"skip_bad_steps": 1, "deepspeed": "zero2.json"}, {"deepspeed": "zero2.json"}),
+    ({"skip_bad_steps": 1, "optim": "adalomo"}, {"skip_bad_steps": 1, "optim": "adamw_torch"}),
+    (
+        {"skip_bad_steps": 1, "use_galore": True, "galore_layerwise": True, **FULL},
+        {"skip_bad_steps": 1, "use_galore": True, **FULL},
+    ),
 ]
 ALL = [*THEIRS, *((broken, mended, "train") for broken, mended in OURS)]
 

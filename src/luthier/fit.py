@@ -224,13 +224,16 @@ def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
 
 def _resume_from(run: Run, args: transformers.TrainingArguments) -> tuple[Path | None, transformers.TrainingArguments]:
     """The checkpoint to go on from, and the arguments with which its steps stay what they were."""
-    from luthier.train import config, resume
+    from luthier.train import config, processes, resume, sharding
 
     _writable(Path(args.output_dir))
+    processes.one_folder(args, sharded=sharding.splits(args))
     asked, allow = run.training.get("resume_from_checkpoint"), run.resume.allow_config_change
     found = resume.choose(args, asked=asked, overwrite=run.train.overwrite_output_dir)
     if found is None:
         return None, args
+    adapter = (found / "adapter_config.json").is_file()
+    resume.check_states(found, key="adapter_name_or_path" if adapter else "model_name_or_path", allow=allow)
     if changes := resume.same_step(found, args):
         args = config.training_arguments(run.training, run.train, **changes)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -23,6 +23,8 @@ TRAINS = ("train", "check")
 EVALUATES = (*TRAINS, "eval")
 NEEDS_DATA = (*EVALUATES, "preview")
 REFERENCE_FREE = ("orpo", "simpo")
+IN_BACKWARD = ("lomo", "layerwise")
+"""Optimisers whose names hold one of these change weights before the whole gradient is known."""
 LAYOUTS = ("auto", "padded", "packed", "shared")
 
 
@@ -74,6 +76,23 @@ class Keys(Mapping[str, Any]):
     def distributed(self) -> bool:
         """Whether this is one of several processes."""
         return os.environ.get("WORLD_SIZE", "1") != "1"
+
+    @property
+    def zero_engine(self) -> bool:
+        """Whether DeepSpeed trains, by a key or by `accelerate launch`."""
+        return bool(self["deepspeed"]) or is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED", ""))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed trains, by a key or by `accelerate launch`."""
+        fsdp = str(self["fsdp"] or "false").lower() != "false"
+        return fsdp or self.zero_engine or is_true(os.environ.get("ACCELERATE_USE_FSDP", ""))
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether the optimiser changes weights while gradients are computed."""
+        layerwise = any(self.on(f"use_{name}") and self.on(f"{name}_layerwise") for name in ("galore", "apollo"))
+        return layerwise or any(part in str(self["optim"]) for part in IN_BACKWARD)
 
     @property
     def adapters_load(self) -> bool:
@@ -210,6 +229,13 @@ RULES: tuple[Rule, ...] = (
          "has no meaning without fp8: true."),
     Rule(("fsdp", "deepspeed"), lambda k: k["fsdp"] and k["deepspeed"],
          "fsdp and deepspeed both shard the model. Keep one of the two."),
+    Rule(("auto_find_batch_size", "fsdp", "deepspeed"), lambda k: k.on("auto_find_batch_size") and k.sharded,
+         "does not go with FSDP or DeepSpeed, whose processes compute in step: one that began a step again would wait "
+         "for the others for ever. Lower per_device_train_batch_size."),
+    Rule(("skip_bad_steps", "deepspeed", "optim", "galore_layerwise", "apollo_layerwise"),
+         lambda k: k["skip_bad_steps"] and (k.zero_engine or k.steps_in_backward),
+         "{skip_bad_steps} cannot be kept: DeepSpeed, LOMO and layerwise optimisers change weights before the whole "
+         "gradient is known. Leave one of the two out."),
     # losses and metrics
     Rule(("use_dft_loss", "use_eaft_loss", "use_asft_loss"), lambda k: len(_losses(k)) > 1,
          "use_dft_loss, use_eaft_loss and use_asft_loss each replace the loss. Keep one."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -109,6 +110,15 @@ def trainer_for(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def at(trainer: Trainer, event: str, function: Callable[[transformers.TrainerState], object]) -> None:
+    """Call a function with the state at an event of the loop, such as on_step_end."""
+
+    def call(self, args, state, control, **kwargs):
+        function(state)
+
+    trainer.add_callback(type("At", (transformers.TrainerCallback,), {event: call})())
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

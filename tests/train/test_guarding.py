@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 
 import pytest
 import torch
-from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
-from transformers import TrainerCallback
+from tests.exact.runs import at, furthest, items_for, objective_of, trainer_for, weights
 
 from luthier import cli
-from luthier.core.errors import ConfigError, TrainingError
+from luthier.core.errors import TrainingError
 from luthier.train import bad_batch, memory
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: 12 bytes."
-
-
-@pytest.fixture(autouse=True, scope="module")
-def light():
-    """Every Trainer collects garbage when it starts, which takes long among all that the suite has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-class Hook(TrainerCallback):
-    """Calls a function at one event."""
-
-    def __init__(self, **events):
-        for name, function in events.items():
-            setattr(self, name, lambda args, state, control, f=function, **kwargs: f(state))
 
 
 def spoilt(trainer, steps, how=lambda loss: loss * math.nan):
@@ -54,7 +36,7 @@ def test_a_bad_step_is_left_out_and_changes_nothing(tmp_path, accumulate):
     )
     spoilt(trainer, {3})
     seen = {}
-    trainer.add_callback(Hook(on_step_end=lambda state: seen.update({state.global_step: weights(trainer)})))
+    at(trainer, "on_step_end", lambda state: seen.update({state.global_step: weights(trainer)}))
     trainer.train()
     assert furthest(seen[2], seen[3]) == 0.0 < furthest(seen[3], seen[4])
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {len(seen) - 1}, "Adam did not see it"
@@ -239,8 +221,3 @@ def test_other_errors_pass(tmp_path):
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert not memory.exhausted(RuntimeError("shapes do not fit"))
-
-
-def test_optimisers_that_step_in_the_backward_pass_cannot_leave_steps_out(tmp_path):
-    with pytest.raises(ConfigError, match="skip_bad_steps: 2"):
-        trainer_for("sft", tmp_path, own={"skip_bad_steps": 2}, optim="lomo")

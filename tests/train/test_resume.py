@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
-from transformers import EarlyStoppingCallback, TrainerCallback
+from tests.exact.runs import at, furthest, items_for, objective_of, trainer_for, weights
+from transformers import EarlyStoppingCallback
 
 from luthier.callbacks.stop_signals import StopSignals
 from luthier.core.config import keys_of
@@ -23,22 +22,6 @@ from luthier.train.loop_state import LoopState, load
 from luthier.train.sampler import Bundles
 
 RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "template": "chatml", "val_size": 3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def light():
-    """Every Trainer collects garbage when it starts, which takes long among all that the suite has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def said(monkeypatch):
-    texts: list[str] = []
-    for name in ("warning", "info"):
-        monkeypatch.setattr(resume.log, name, lambda text, *values: texts.append(text % values if values else text))
-    return texts
 
 
 def stored(folder: Path, rows: int = 8, world: int = 1, **keys) -> Path:
@@ -308,24 +291,13 @@ def test_a_finished_run_takes_no_step_more(tmp_path):
     assert again.state.global_step == 4 and furthest(weights(straight), weights(again)) == 0.0
 
 
-class SignalAt(TrainerCallback):
-    """SIGTERM in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), 15)
-
-
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_signal_takes_no_evaluation_and_no_line_away(tmp_path, straight, step):
     options = {"eval_strategy": "steps", "eval_steps": 2, "logging_strategy": "epoch", "save_strategy": "no"}
     once, _ = straight(**options)
     first = trainer_for("sft", tmp_path / "stopped", **OPTIONS | options)
     first.add_callback(StopSignals())
-    first.add_callback(SignalAt(step))
+    at(first, "on_step_begin", lambda state: state.global_step + 1 == step and os.kill(os.getpid(), 15))
     first.train()
     assert first.state.global_step == step
     assert [p.name for p in checkpoint.complete(tmp_path / "stopped")] == [f"checkpoint-{step}"]
@@ -408,20 +380,10 @@ def test_random_numbers_of_a_new_process_are_always_the_same(tmp_path):
     drawn = []
     for _ in range(2):
         torch.rand(1)
-        at = trainer_for("sft", tmp_path, **options)
-        at.add_callback(_Draws(drawn))
-        at.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert drawn[0] == drawn[1]
-
-
-class _Draws(TrainerCallback):
-    def __init__(self, drawn):
-        self.drawn, self.first = drawn, True
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.first:
-            self.drawn.append(float(torch.rand(1)))
-            self.first = False
+        again = trainer_for("sft", tmp_path, **options)
+        at(again, "on_step_begin", lambda state: drawn.append(float(torch.rand(1))))
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert drawn[:2] == drawn[2:] and len(drawn) == 4
 
 
 def test_sections_are_read_by_owner():

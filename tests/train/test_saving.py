@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import resource
 import subprocess
@@ -13,42 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.exact.runs import furthest, trainer_for, weights
-from transformers import TrainerCallback
+from tests.exact.runs import at, furthest, trainer_for, weights
 
 from luthier.core import manifest
 from luthier.core.errors import CheckpointError, ModelError
-from luthier.train import checkpoint, saving
+from luthier.train import checkpoint
 from luthier.train.writer import snapshot
 
 SAVED = {"batch": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "lr": 1e-2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def light():
-    """Every Trainer collects garbage when it starts, which takes long among all that the suite has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What was warned of."""
-    texts: list[str] = []
-    for module in (saving, checkpoint):
-        monkeypatch.setattr(module.log, "warning", lambda text, *values: texts.append(text % values))
-    return texts
-
-
 def there(folder: Path) -> list[str]:
     return [path.name for path in checkpoint.complete(folder)]
-
-
-def at(trainer, event, function):
-    """Call a function with the state at an event of the loop."""
-    call = {event: lambda self, args, state, control, **kwargs: function(state)}
-    trainer.add_callback(type("At", (TrainerCallback,), call)())
 
 
 class Full:

@@ -43,9 +43,13 @@ def wanted(config: Config, task: Task) -> bool:
     return config.use_badam
 
 
+def check(config: Config, task: Task) -> None:
+    """Raise ConfigError for what does not go together, before anything is loaded."""
+    one_of(task, "use_badam", ADAMW)
+
+
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """BAdam around the AdamW that `optim` names."""
-    one_of(task, "use_badam", ADAMW)
     return _blocks(model, config, task)
 
 
@@ -75,6 +79,7 @@ def _blocks(model: nn.Module, config: Config, task: Task) -> Optimizer:
             turns = {"step": self.global_step, "next": self.current_block_idx, "now": list(self.active_param_prefixs)}
             master = [weight.detach().clone() for weight in self.param_idx2hp.values()]
             order = list(vars(self).get("block_order", []))
+            turns["rates"] = [group["lr"] for group in self.param_groups]
             return {"inner": self.base_optimizer.state_dict(), "turns": turns, "master": master, "order": order}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,6 +94,9 @@ def _blocks(model: nn.Module, config: Config, task: Task) -> Optimizer:
                 weight.data.copy_(kept)
             self.base_optimizer.state = defaultdict(dict)
             self.base_optimizer.load_state_dict(state_dict["inner"])
+            # Schedules set the rate of these groups, and the next step takes it from there.
+            for group, rate in zip(self.param_groups, turns["rates"]):
+                group["lr"] = rate
 
     never = 1 << 62
     interval = never if config.badam_switch_interval in (None, -1) else config.badam_switch_interval

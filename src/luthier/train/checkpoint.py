@@ -53,7 +53,8 @@ def complete(output_dir: str | Path) -> list[Path]:
 
 def last_whole(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that is as it was written. A damaged one is named in a warning and set aside."""
-    for folder in reversed(complete(output_dir)):
+    found = complete(output_dir)
+    for before, folder in reversed(list(enumerate(found))):
         wrong = manifest.damage(folder)
         if wrong is None:
             return folder
@@ -63,7 +64,8 @@ def last_whole(output_dir: str | Path) -> Path | None:
                 shutil.rmtree(kept)
             folder.rename(kept)
         where = f"; it is kept as {kept.name}" if kept.exists() else ""
-        log.warning("WARNING: %s is damaged: %s. The checkpoint before it is used%s.", folder, wrong, where)
+        then = f"The checkpoint before it is {found[before - 1].name}" if before else "There is no checkpoint before it"
+        log.warning("WARNING: %s is damaged: %s. %s%s.", folder, wrong, then, where)
     return None
 
 

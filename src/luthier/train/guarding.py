@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from luthier.core.batch import Batch
-from luthier.core.errors import ConfigError, LuthierError, TrainingError
+from luthier.core.errors import LuthierError, TrainingError
 from luthier.core.log import get_logger
 from luthier.train import bad_batch, checkpoint, finite, memory
 from luthier.train.resuming import Resuming
@@ -22,11 +23,9 @@ log = get_logger("train")
 
 Estimate = Callable[[int], str]
 """What a micro-batch of so many tokens should need, in words."""
-STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-"""Optimisers whose names hold one of these change weights before the whole gradient is known."""
 
 
-class Guarding(Resuming):
+class Guarding(Resuming, ABC):
     """A Trainer that says what went wrong with which rows, leaves bad steps out and finds out what fits.
 
     skip_bad_steps: how many steps in a row may be left out. find_batch: compute a micro-batch that does not fit into
@@ -44,22 +43,10 @@ class Guarding(Resuming):
         self._loss_before = 0.0
         self._totals: Any = None
         self._progress = 0.0
-        name = self.args.optim if isinstance(self.args.optim, str) else self.args.optim.value
-        early = self.is_deepspeed_enabled or any(part in name for part in STEPS_IN_BACKWARD)
-        if skip_bad_steps and early:
-            raise ConfigError(
-                f"skip_bad_steps: {skip_bad_steps} cannot be kept: DeepSpeed and optimisers like {name} change weights "
-                "before the whole gradient is known. Leave one of the two out."
-            )
-        if find_batch and self.sharded:
-            raise ConfigError(
-                "auto_find_batch_size does not go with FSDP or DeepSpeed, whose processes compute in step: one that "
-                "begins again would wait for the others for ever. Lower per_device_train_batch_size."
-            )
 
+    @abstractmethod
     def ask(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch and what it measures."""
-        raise NotImplementedError
+        """The loss of a micro-batch and what it measures; asked once more where it was not finite."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; memory that runs out anywhere gets a message."""
@@ -188,10 +175,10 @@ class Guarding(Resuming):
         # A loss that is not finite on one process spoils the gradient of all.
         innocent = self._any_rank(losses) and not losses
         said = self._everybody("" if innocent else self._explain(norm))
-        self._leave_out(model, said or f"The gradient norm is {float(norm)} at step {self.state.global_step + 1}.")
+        self._leave_out(said or f"The gradient norm is {float(norm)} at step {self.state.global_step + 1}.")
         return norm
 
-    def _leave_out(self, model, what: str) -> None:
+    def _leave_out(self, what: str) -> None:
         """Stop here, or go on as if the step had not been."""
         self.bad_in_a_row += 1
         if self.bad_in_a_row > self.skip_bad_steps:
@@ -204,8 +191,9 @@ class Guarding(Resuming):
             )
         log.warning("WARNING: %s The step is left out.", what)
         if self.accelerator.scaler is None:  # else the scaler leaves the step out
-            for parameter in model.parameters():
-                parameter.grad = None
+            # What accelerate's optimiser asks before it steps. Gradients of None would not do: some optimisers count
+            # the step all the same, and some insist on gradients.
+            self.accelerator.gradient_state._set_sync_gradients(False)
         self.meter.drop()
         self._tr_loss.fill_(self._loss_before)
 

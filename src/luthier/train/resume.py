@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -125,6 +126,12 @@ def _choose(args: TrainingArguments, asked: bool | str | None, overwrite: bool) 
     if named is not None:
         return _from(named, folder, own, overwrite)
     if overwrite and not asked:
+        if own is not None:
+            log.warning(
+                "WARNING: overwrite_output_dir: true starts afresh and does not go on from %s, which is removed when "
+                "there is a new checkpoint.",
+                own,
+            )
         checkpoint.set_aside(folder)
         return None
     if own is not None:
@@ -176,6 +183,28 @@ def _since_launch(folder: Path) -> bool:
 
 
 # Is it the same run?
+
+
+def check_states(folder: Path, *, key: str, allow: bool) -> None:
+    """Raise CheckpointError if a checkpoint holds weights alone and steps are left to be taken.
+
+    key: what names such weights for a run that begins with them. allow: only say so.
+    """
+    # DeepSpeed keeps the scheduler with its own parts.
+    if (folder / "scheduler.pt").is_file() or any(folder.glob("global_step*")):
+        return
+    state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+    if state["global_step"] >= state["max_steps"]:
+        return
+    fresh = "a fresh optimiser, a learning rate that begins again, and other random numbers"
+    if allow:
+        log.warning("WARNING: %s holds weights alone (save_only_model: true); they are gone on with %s.", folder, fresh)
+        return
+    raise CheckpointError(
+        f"{folder} holds weights alone (save_only_model: true), and a run cannot go on from them to where it would "
+        f"have ended. Begin another run from them ({key}: {folder}), start afresh with overwrite_output_dir: true, or "
+        f"go on with {fresh} with allow_config_change: true."
+    )
 
 
 def check_config(folder: Path, now: str, *, rows_per_step: int, allow: bool) -> None:

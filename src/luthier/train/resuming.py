@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from transformers.trainer_callback import ExportableState
 
-from luthier.train import checkpoint, loop_state
+from luthier.core.log import get_logger
+from luthier.train import checkpoint, loop_state, trackers
 from luthier.train.loop_state import LoopState, Postpones
 from luthier.train.meter import Meter
 from luthier.train.saving import Saving, whole
 from luthier.train.streaming import StreamLoader
+
+log = get_logger("train")
 
 EPOCHS, STEPS_PER_EPOCH, MAX_STEPS = 0, 1, 6
 """Where they stand in what `set_initial_training_values` returns."""
@@ -52,6 +55,9 @@ class Resuming(Saving):
         if resume_from_checkpoint:
             # That evaluation came before the first step of all, and is in the log.
             self.args.eval_on_start = False
+            if self.args.process_index == 0:
+                step = checkpoint.step_in(Path(resume_from_checkpoint))
+                trackers.go_on(self.callback_handler.callbacks, Path(str(self.args.output_dir)), step)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -86,6 +92,7 @@ class Resuming(Saving):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         place = super()._init_training_state(*args, **kwargs)
+        self._find_best()
         state = self._resized()
         if state is not None and not self.args.ignore_data_skip:
             # Whole steps of this run's size: at most one step's rows are seen again.
@@ -96,6 +103,15 @@ class Resuming(Saving):
             # A stream finds its place by itself; this is only the count.
             self._micro_batches = stored.rows // (self._train_batch_size * self.args.world_size)
         return place
+
+    def _find_best(self) -> None:
+        """Look for the best checkpoint beside the one that is gone on with, where its folder has been moved."""
+        if self._resume is None or self.state.best_model_checkpoint is not None or not self.state.best_global_step:
+            return
+        beside = Path(self._resume).with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
+        if (beside / checkpoint.STATE).is_file():
+            log.info("The best checkpoint is %s: its folder has been moved.", beside)
+            self.state.best_model_checkpoint = str(beside)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if kwargs["epoch"] != self._epoch:
