@@ -113,6 +113,7 @@ def compatibility_page() -> str:
             "* A key with an owner works as documented in [keys](keys.md), under LLaMA-Factory's name and default.",
             "* A key that is known and not supported yet is accepted at the values below, which ask for nothing;",
             "  any other value stops the run before it starts, with the words of the last column.",
+            "* One that could change nothing but speed is accepted at any value; the run warns that it has no effect.",
             "* A key of another stage or finetuning_type gets a warning: it has no effect in this run.",
             "* An unknown key stops the run, with file, line and the nearest name.",
             "",
@@ -170,10 +171,7 @@ def compatibility_page() -> str:
 
 def _refusals(table: Mapping[str, Refused]) -> list[str]:
     head = ["| key | accepted | otherwise |", "|---|---|---|"]
-    return head + [
-        f"| `{key}` | {', '.join(f'`{_shown(value)}`' for value in rule.accepts)} | {_cell(rule.why)} |"
-        for key, rule in sorted(table.items())
-    ]
+    return head + [f"| `{key}` | {_accepted(rule)} | {_cell(rule.why)} |" for key, rule in sorted(table.items())]
 
 
 def _rule(rule: rules.Rule) -> str:
@@ -187,6 +185,10 @@ def _intro(config: type) -> str:
 
 def _prose(text: str) -> str:
     return " ".join(text.split())
+
+
+def _accepted(rule: Refused) -> str:
+    return "any, without effect" if rule.idle else ", ".join(f"`{_shown(value)}`" for value in rule.accepts)
 
 
 def _limit(rule: Refused) -> str:

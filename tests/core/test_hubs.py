@@ -33,9 +33,10 @@ class Played:
         self, model_id=None, revision=None, cache_dir=None, local_files_only=False, *, repo_id=None, repo_type=None,
         token=None,
     ):  # fmt: skip
-        asked = dict(repo_id=repo_id, repo_type=repo_type, revision=revision, cache_dir=cache_dir, token=token,
-                     local_files_only=local_files_only)  # fmt: skip
-        self.asked.append(asked)
+        self.asked.append(
+            {"repo_id": repo_id, "repo_type": repo_type, "revision": revision, "cache_dir": cache_dir, "token": token,
+             "local_files_only": local_files_only}
+        )  # fmt: skip
         time.sleep(self.slow)
         found = (self.kept if local_files_only else self.there).get((repo_type, repo_id))
         if found is None:
@@ -167,8 +168,11 @@ def test_offline_asks_for_nothing(played, tmp_path, monkeypatch):
 def test_two_that_want_the_same_fetch_one_after_the_other_and_say_so(played, tmp_path, caplog):
     caplog.set_level("INFO", logger="luthier")
     played.there["model", "org/thing"], played.slow = tmp_path, 0.3
-    ask = [threading.Thread(target=hubs.snapshot, args=("modelscope", "org/thing"),
-                            kwargs=dict(kind="model", place=str(n), access=hubs.OPEN)) for n in range(2)]  # fmt: skip
+
+    def fetch(place):
+        hubs.snapshot("modelscope", "org/thing", kind="model", place=place, access=hubs.OPEN)
+
+    ask = [threading.Thread(target=fetch, args=(place,)) for place in "ab"]
     for thread in ask:
         thread.start()
     for thread in ask:

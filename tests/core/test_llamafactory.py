@@ -164,6 +164,14 @@ def test_old_names_reach_their_keys():
     assert resolve(BASE | freeze).adapter_keys.freeze_trainable_layers == 3
 
 
+@pytest.mark.parametrize("key, value", [("video_max_pixels", 16384), ("use_unsloth", True), ("use_v1_kernels", "yes")])
+def test_what_changes_nothing_but_speed_is_a_warning(tmp_path, key, value):
+    (tmp_path / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in (BASE | {key: value}).items()))
+    (warning,) = resolve(str(tmp_path / "run.yaml")).warnings
+    assert warning.startswith(f"{tmp_path}/run.yaml:{len(BASE) + 1}: {key} has no effect: ")
+    assert resolve(BASE | {key: REFUSED[key].accepts[0]}).warnings == ()
+
+
 # The environment
 
 

@@ -15,7 +15,7 @@ from luthier.core.registry import find
 from luthier.model.adapt import AdapterConfig, adapt
 from luthier.model.load import ModelConfig
 from luthier.optim import adam_mini, apollo, badam, galore, loraplus, muon
-from luthier.optim._task import Task
+from luthier.optim._task import Task, matrices
 from tests.conftest import build_model
 
 HERE = ModelConfig(model_name_or_path="unused")
@@ -80,6 +80,8 @@ def test_saved_after_three_steps_it_goes_on_to_the_last_bit(name):
     straight = build_model("llama")
     optimizer = made(name, straight)
     steps(straight, optimizer, range(3))
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5  # as a schedule does
     kept, held = weights(straight), io.BytesIO()
     torch.save(optimizer.state_dict(), held)
     steps(straight, optimizer, range(3, 7))
@@ -183,8 +185,22 @@ def test_low_rank_states_of_the_targets_and_of_nothing_else(name):
     decays = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {decay for name, decay in decays.items() if "norm" in name} == {0.0}
     assert {decay for name, decay in decays.items() if "norm" not in name} == {0.1}
-    with pytest.raises(ConfigError, match=f"{name}_target: the model has no module named 'nope'"):
+    with pytest.raises(ConfigError, match=f"{name}_target: the model has no linear module with 'nope' in its name"):
         rule.build(model, rule.Config(**{f"use_{name}": True, f"{name}_target": "nope"}), task())
+
+
+@pytest.mark.parametrize(
+    "wanted, ends",
+    [
+        ("mlp,self_attn", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        (["mlp"], "gate_proj up_proj down_proj"),
+        ("self_attn.q_proj", "q_proj"),
+    ],
+)
+def test_a_target_means_every_module_that_has_it_in_its_name(wanted, ends):
+    model = build_model("llama")
+    expected = {n for n, p in model.named_parameters() if n.split(".")[-2] in ends.split() and p.ndim == 2}
+    assert matrices(model, "galore_target", wanted) == expected and len(expected) == 2 * len(ends.split())
 
 
 def test_galore_all_leaves_out_the_head():

@@ -20,6 +20,8 @@ class Refused:
     accepts: tuple[Any, ...]
     why: str
     """Completes `KEY: ...`: why, and what to do instead."""
+    idle: bool = False
+    """Other values are no reason to stop, since the model comes out the same: the run says that they have no effect."""
 
     def takes(self, value: Any) -> bool:
         """Whether this value may stand in the file."""
@@ -86,7 +88,11 @@ def _group(why: str, **accepts: Any) -> dict[str, Refused]:
     return {key: Refused((value,), why) for key, value in accepts.items()}
 
 
-_MULTIMODAL = "video and audio are not supported yet; leave the key out"
+def _idle(why: str, **accepts: Any) -> dict[str, Refused]:
+    return {key: Refused((value,), why, idle=True) for key, value in accepts.items()}
+
+
+_MULTIMODAL = "video and audio are not read yet; a data set that brings some is refused"
 _VLLM = "the vllm engine is not there yet; leave the key out, and answers come from transformers"
 _SGLANG = "the sglang engine is not there yet; leave the key out, and answers come from transformers"
 _KT = "ktransformers is not supported; leave the key out"
@@ -104,18 +110,18 @@ _LOSS = "this loss is not there yet; leave the key out for plain cross-entropy"
 _PREDICT = "scoring generated answers is not there yet; write them with `luthier infer CONFIG`"
 _EXPORT_QUANT = "quantising on export is not supported yet; export first, then quantise with the tool of your choice"
 _RATIO = "BAdam's mode ratio makes sparse gradients, whose norm the Trainer cannot take; use badam_mode: layer"
-_UNSLOTH = "Unsloth is not supported; leave the key out, Luthier shares prefixes and packs by itself"
+_UNSLOTH = "training is plain transformers and peft here, which learns the same; Luthier packs and shares prefixes"
 
 LLAMA_FACTORY: dict[str, Refused] = {
     # data
-    **_group(_MULTIMODAL, video_max_pixels=65536, video_min_pixels=256, video_fps=2.0, video_maxlen=128),
-    **_group(_MULTIMODAL, use_audio_in_video=False, audio_sampling_rate=16000),
+    **_idle(_MULTIMODAL, video_max_pixels=65536, video_min_pixels=256, video_fps=2.0, video_maxlen=128),
+    **_idle(_MULTIMODAL, use_audio_in_video=False, audio_sampling_rate=16000),
     "ignore_pad_token_for_loss": Refused((True,), "padding is never trained here; leave the key out"),
     **_group(_PREDICT, eval_num_beams=None, predict_with_generate=False, generation_max_length=None),
     **_group(_PREDICT, generation_num_beams=None, generation_config=None, sortish_sampler=False),
     # model
-    "use_fast_tokenizer": Refused((True,), "transformers 5 has one tokenizer class per model; leave the key out"),
-    "low_cpu_mem_usage": Refused((True,), "transformers 5 always loads this way; leave the key out"),
+    **_idle("transformers 5 has one tokenizer class per model", use_fast_tokenizer=True),
+    **_idle("transformers 5 always loads in little memory", low_cpu_mem_usage=True),
     "shift_attn": Refused((False,), "S2-Attention is not supported: it rewrites old Llama code; leave the key out"),
     "mixture_of_depths": Refused((None,), "mixture of depths is not supported: such models load nowhere else"),
     "upcast_lmhead_output": Refused((False, True), "log-probabilities are computed in float32 whatever this key says"),
@@ -125,10 +131,10 @@ LLAMA_FACTORY: dict[str, Refused] = {
         (False,), "write freeze_language_model: true, freeze_multi_modal_projector: false and finetuning_type: full"
     ),
     "reserved_label_len": Refused((1,), "LLaMA-Factory dropped it; cutoff_len is shared by prompt and answer now"),
-    "offload_folder": Refused(("offload",), "offloading weights to disk is not supported; leave the key out"),
-    "use_kv_cache": Refused((True,), "generation always uses the cache; leave the key out"),
-    "use_v1_kernels": Refused((False,), "not supported; leave the key out"),
-    **_group(_UNSLOTH, use_unsloth=False),
+    **_idle("no weights are offloaded to disk", offload_folder="offload"),
+    **_idle("generation always uses the cache", use_kv_cache=True),
+    **_idle("the kernels of torch and transformers compute the same", use_v1_kernels=False),
+    **_idle(_UNSLOTH, use_unsloth=False),
     # quantisation, other engines
     **_group(_EXPORT_QUANT, export_quantization_bit=None, export_quantization_dataset=None),
     **_group(_EXPORT_QUANT, export_quantization_nsamples=128, export_quantization_maxlen=1024),
@@ -185,7 +191,7 @@ _GONE = "transformers 5 has no such key any more; leave it out"
 
 HUGGING_FACE: dict[str, Refused] = {
     "save_safetensors": Refused((True,), "weights are always saved as safetensors; leave the key out"),
-    "group_by_length": Refused((False,), "the planner groups rows of like length by itself; leave the key out"),
+    **_idle("the planner puts rows of like length together by itself", group_by_length=False),
     "include_tokens_per_second": Refused((False, True), "tokens per second are always reported"),
     "use_mps_device": Refused((False, True), "a Mac's GPU is found without it; use_cpu: true keeps a run off it"),
     "fp16_backend": Refused(("auto",), _GONE),

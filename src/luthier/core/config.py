@@ -208,9 +208,13 @@ class _Gate:
             return True
         if key in self.renamed:
             return self.rename(key, value)
-        if key in self.refused and not self.refused[key].takes(value):
-            self.complain(key, f"{self.refused[key].why} (got {shown(value)})")
-        return key in self.refused
+        rule = self.refused.get(key)
+        if rule is not None and not rule.takes(value):
+            if rule.idle:
+                self.warnings.append(f"{self.at(key)}{key} has no effect: {rule.why}.")
+            else:
+                self.complain(key, f"{rule.why} (got {shown(value)})")
+        return rule is not None
 
     def rename(self, key: str, value: Any) -> bool:
         rule = self.renamed[key]

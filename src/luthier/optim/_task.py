@@ -75,11 +75,22 @@ def groups(model: nn.Module, weight_decay: float, special: Callable[[str, Any], 
 
 
 def matrices(model: nn.Module, key: str, wanted: str | list[str]) -> set[str]:
-    """Names of the weights of the linear modules that a list of module names means; all: every one but the head's."""
-    from luthier.model.modules import as_names, linear, matching
+    """Names of the weights of the linear modules that a list of names means; all: every one but the head's.
+
+    A name means every module that has it anywhere in its own, as in LLaMA-Factory: `mlp` is all three of a layer's.
+    """
+    from luthier.model.modules import as_names, linear
 
     everything, names = linear(model), as_names(wanted)
-    return {f"{name}.weight" for name in (everything if "all" in names else matching(key, names, everything))}
+    if "all" in names:
+        return {f"{name}.weight" for name in everything}
+    for want in names:
+        if not any(want in name for name in everything):
+            choices = ", ".join(sorted({part for name in everything for part in name.split(".") if not part.isdigit()}))
+            raise ConfigError(
+                f"{key}: the model has no linear module with {want!r} in its name. Choose from: {choices}."
+            )
+    return {f"{name}.weight" for name in everything if any(want in name for want in names)}
 
 
 def one_of(task: Task, key: str, able: Iterable[str]) -> None:
