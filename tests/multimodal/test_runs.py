@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 import torch
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.fit import fit
+from luthier.model.load import ModelConfig
+from luthier.model.processor import load_processor
 from luthier.run import resolve
 from tests.multimodal.conftest import row, write
 
@@ -39,9 +42,9 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen3_vl"])
 def test_a_run_learns_and_what_it_saves_is_whole(family, data, pictures, tmp_path, request, caplog):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     family = request.getfixturevalue(family)
     more = {"freeze_multi_modal_projector": False, "learning_rate": 2e-2, "num_train_epochs": 8}
@@ -52,13 +55,14 @@ def test_a_run_learns_and_what_it_saves_is_whole(family, data, pictures, tmp_pat
     found = losses(tmp_path / "out")
     assert found[-1] < 0.5 * found[0]
     assert "every example is a padded row of its own" in caplog.text and "first batch checked" in caplog.text
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    processor = load_processor(ModelConfig(model_name_or_path=str(tmp_path / "out")), family.processor.tokenizer)
     assert processor.image_processor.to_dict() == family.processor.image_processor.to_dict()
     assert processor.chat_template == family.processor.chat_template
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
     moved = {name for name, value in family.model.state_dict().items() if not torch.equal(value, saved[name])}
-    assert moved and not any("vision" in name for name in moved)
-    assert any("projector" in name or "connector" in name for name in moved)
+    carried = {name for name in moved if re.search("projector|connector|merger", name)}
+    assert carried and carried != moved
+    assert not any("vision" in name or "visual" in name for name in moved - carried)
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +166,20 @@ def test_a_model_of_text_refuses_images(llava, model_folder, data, pictures, tmp
 def test_a_run_with_a_named_template(llava, data, pictures, tmp_path):
     fit(resolve(keys(llava, data, pictures, tmp_path, template="chatml", max_steps=2), []))
     assert len(losses(tmp_path / "out")) == 2
+
+
+def test_a_reward_model_trains_its_head_beside_what_sees(llava, pictures, tmp_path):
+    """No image reaches the head through the model's own logits, and it is trained all the same."""
+    from safetensors.torch import load_file
+
+    pairs = [
+        {"instruction": "<image>What?", "output": [colour, "no"], "score": [1, 0], "images": [f"{colour}.png"]}
+        for colour in ("red", "blue")
+    ]
+    write(tmp_path, pairs)
+    more = {"stage": "rm", "finetuning_type": "lora", "freeze_vision_tower": False, "num_train_epochs": 1}
+    heads = []
+    for steps in (1, 2):
+        fit(resolve(keys(llava, tmp_path, pictures, tmp_path, max_steps=steps, learning_rate=0.1, **more), []))
+        heads.append(load_file(tmp_path / "out" / "value_head.safetensors"))
+    assert all(not torch.equal(heads[0][name], heads[1][name]) for name in heads[0])

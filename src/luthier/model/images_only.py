@@ -15,6 +15,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from luthier.core.errors import ModelError
+from luthier.core.log import get_logger
+
+log = get_logger("model")
 
 PARTS = ("image_processor", "tokenizer", "video_processor")
 
@@ -55,6 +58,7 @@ def images_only(
 
 @functools.cache
 def _of(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    log.info("torchvision is not installed: %s takes images, and no videos.", kind.__name__)
     return type(kind.__name__, (ImagesOnly, kind), {})
 
 

@@ -29,9 +29,17 @@ def load_processor(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> A
 
     where = {"trust_remote_code": config.trust_remote_code, **hub(config)}
     try:
-        if not sees(AutoConfig.from_pretrained(folder or name, **where)):
+        settings = AutoConfig.from_pretrained(folder or name, **where)
+        if not sees(settings):
             return None
-        processor = AutoProcessor.from_pretrained(folder or name, **where)
+        try:
+            processor = AutoProcessor.from_pretrained(folder or name, **where)
+        except ImportError:
+            from luthier.model.images_only import images_only
+
+            processor = images_only(folder or name, settings, tokenizer, where)
+            if processor is None:
+                raise
     except ImportError as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(

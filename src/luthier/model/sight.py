@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from luthier.core.batch import Batch
 from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
-from luthier.model import attention
+from luthier.model import attention, heads
 from luthier.model.modality import part_of
 from luthier.model.policy import media_arguments
 
@@ -25,8 +25,10 @@ def trains_sight(model: nn.Module, shown: Batch) -> bool:
     part = part_of(model)
     if part is None:
         return False
+    head = heads.head_of(model)
+    judging = set() if head is None else {id(weight) for weight in head.parameters()}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    sight = [weight for name, weight in trained.items() if part(name) != "language"]
+    sight = [weight for name, weight in trained.items() if part(name) != "language" and id(weight) not in judging]
     if not sight:
         return False
     embedded = model.get_input_embeddings().weight
