@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from tests.e2e.killing import in_ranks
 
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.train import processes
-from tests.e2e.killing import in_ranks
 
 
 def ask(tmp_path, *, nodes=2, shared, each=False, sharded=False) -> list[str]:
