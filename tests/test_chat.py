@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from luthier import chat
 from luthier.cli import main
 from luthier.core.errors import DataError
 from luthier.core.types import Message
+from luthier.engines.sampling import GenerateConfig
 from tests.conftest import save_lively_model
 
 NEW = 8
@@ -38,8 +40,8 @@ def say(folder, monkeypatch, capsys):
     return run
 
 
-def answer(folder, *turns, system=None):
-    """What transformers says next, greedily, after user and assistant turns."""
+def answer(folder, *turns, system=None, whole=False):
+    """What transformers says next, greedily, after user and assistant turns; whole: with its special tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
@@ -49,12 +51,13 @@ def answer(folder, *turns, system=None):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
                          eos_token_id=end, pad_token_id=0)  # fmt: skip
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    said = out[0, ids.shape[1] :].tolist()
+    return tokenizer.decode([token for token in said if token != end], skip_special_tokens=not whole)
 
 
 def test_a_conversation_goes_on_with_what_was_said(folder, say):
     first = answer(folder, "Hello world")
-    second = answer(folder, "Hello world", first, "goodbye")
+    second = answer(folder, "Hello world", answer(folder, "Hello world", whole=True), "goodbye")
     assert second != answer(folder, "goodbye")
     code, out, _ = say("Hello world\n\ngoodbye\n", "do_sample=false")
     assert code == 0 and out == f"{first}\n{second}\n"
@@ -110,16 +113,18 @@ class Script:
     """A renderer and an engine that say what they are told."""
 
     stop_ids = ()
+    tokenizer = SimpleNamespace(all_special_tokens=["<|think|>", "<|done|>"])
 
     def __init__(self, *answers):
         self.answers, self.engine, self.renderer, self.seed = list(answers), self, self, 0
-        self.asked = []
+        self.asked, self.sampled = [], []
 
     def prompt(self, messages, *, system=""):
         self.asked.append(list(messages))
         return [1]
 
     def stream(self, prompt, sampling, stop_ids, *, seed):
+        self.sampled.append(sampling)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -131,11 +136,22 @@ class Script:
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said():
     out, script = io.StringIO(), Script(["Hel", "lo", KeyboardInterrupt], ["bye"])
-    talk = chat.Chat(script, None, out)
+    talk = chat.Chat(script, GenerateConfig(), out)
     assert talk.ask("one") == "Hello"
     talk.ask("two")
     assert script.asked[1] == [Message("user", "one"), Message("assistant", "Hello"), Message("user", "two")]
     assert out.getvalue() == "Hello\nbye\n"
+
+
+@pytest.mark.parametrize(("skip", "shown"), [(True, "hmHello"), (False, "<|think|>hm<|done|>Hello")])
+def test_what_is_not_shown_is_remembered(skip, shown):
+    out, script = io.StringIO(), Script(["<|think|>", "hm", "<|done|>Hel", "lo"], ["bye"])
+    talk = chat.Chat(script, GenerateConfig(skip_special_tokens=skip), out)
+    assert talk.ask("one") == shown
+    talk.ask("two")
+    assert script.asked[1][1] == Message("assistant", "<|think|>hm<|done|>Hello")
+    assert out.getvalue() == f"{shown}\nbye\n"
+    assert [keys.skip_special_tokens for keys in script.sampled] == [False, False]
 
 
 class Terminal(io.StringIO):
@@ -154,7 +170,7 @@ def test_on_a_terminal_an_error_does_not_end_the_conversation(monkeypatch, capsy
 
     monkeypatch.setattr("builtins.input", read)
     script = Script(["first"], DataError("too long."), ["third"])
-    chat.talk(chat.Chat(script, None, io.StringIO()), Terminal())
+    chat.talk(chat.Chat(script, GenerateConfig(), io.StringIO()), Terminal())
     assert "too long. /clear begins anew." in capsys.readouterr().err
     assert script.asked[2] == [Message("user", "one"), Message("assistant", "first"), Message("user", "three")]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from luthier.core.errors import DataError, LuthierError
@@ -49,24 +50,38 @@ class Chat:
     def ask(self, text: str) -> str:
         """Stream the answer to `out` and remember it. Ctrl-C ends the answer; what was said until then stays.
 
+        It is remembered with its special tokens, also where they are not shown: the words around a thought may be
+        such, and the template must find the thought in the history.
+
         Raises LuthierError, with the conversation as it was before, where the model cannot take it.
         """
         asked = [*self.messages, Message("user", text)]
         ids = self._speaker.renderer.prompt(asked, system=self.system)
         seed, self._turns = self._speaker.seed + self._turns, self._turns + 1
-        answer = ""
-        pieces = self._speaker.engine.stream(ids, self._sampling, self._speaker.renderer.stop_ids, seed=seed)
+        said = answer = ""
+        whole = replace(self._sampling, skip_special_tokens=False)
+        pieces = self._speaker.engine.stream(ids, whole, self._speaker.renderer.stop_ids, seed=seed)
         try:
             for piece in pieces:
-                answer += piece
-                print(piece, end="", file=self._out, flush=True)
+                said += piece
+                shown = self._shown(piece)
+                answer += shown
+                print(shown, end="", file=self._out, flush=True)
         except KeyboardInterrupt:
             pieces.close()
         print(file=self._out, flush=True)
         if self._told is not None:
             _aside(self._told())
-        self.messages = [*asked, Message("assistant", answer)]
+        self.messages = [*asked, Message("assistant", said)]
         return answer
+
+    def _shown(self, piece: str) -> str:
+        """A piece of the answer as it is shown."""
+        if not self._sampling.skip_special_tokens:
+            return piece
+        for token in self._speaker.engine.tokenizer.all_special_tokens:
+            piece = piece.replace(token, "")
+        return piece
 
     def command(self, line: str) -> str | None:
         """Do what a line that begins with / says; returns what to tell the user, None to leave."""

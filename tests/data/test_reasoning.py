@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from luthier.core.types import Message
+from luthier.data.encode import prepare
+from luthier.data.source import DataConfig
 from luthier.data.template import TemplateConfig, make_renderer
+from luthier.objectives.sft import Sft, SftConfig
 from tests.conftest import build_tokenizer
 
 EMPTY = "<think>\n\n</think>\n\n"
@@ -98,3 +103,52 @@ def test_messages_are_left_as_they_were(tok):
     bind(tok, False).pairs(messages)
     bind(tok, False).oneturn(messages)
     assert messages == copy
+
+
+class TestRowsThatNoServerSends:
+    """Counted, and told with the two keys that mend it."""
+
+    ANSWERS = (("A", "B"), (THOUGHT + "A", THOUGHT + "B"), (THOUGHT + "A",), ("half</think>A", "B"))
+    TOLD = "2 rows of several turns are trained with thoughts in their history"
+
+    @pytest.fixture
+    def told(self, tok, tmp_path):
+        """(how many rows are counted, the report) of a run with these keys."""
+        file = tmp_path / "talks.jsonl"
+        rows = [{"messages": [{"role": m.role, "content": m.content} for m in talk(*row)]} for row in self.ANSWERS]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def run(stage=None, streaming=False, **keys):
+            config = DataConfig(dataset=str(file), data_cache_dir=str(tmp_path / "cache"), streaming=streaming)
+            renderer = make_renderer(TemplateConfig(**{"template": "qwen3", **keys}), tok)
+            prepared = prepare(config, stage or Sft(), renderer, cutoff_len=512, seed=0)
+            return (
+                prepared if streaming else (prepared.report.total.unserved_rows, " ".join(str(prepared.report).split()))
+            )
+
+        return run
+
+    def test_one_sequence(self, told):
+        count, report = told()
+        assert count == 2
+        assert self.TOLD in report
+        assert "branch_thinking: true" in report and "preserve_thinking: true" in report
+        assert told() == (count, report)  # from the cache
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"branch_thinking": True},
+            {"preserve_thinking": True},
+            {"template": "qwen3_nothink"},
+            {"stage": Sft(SftConfig(mask_history=True))},
+        ],
+    )
+    def test_none_where_it_is_mended_or_nothing_differs(self, told, keys):
+        count, report = told(**keys)
+        assert count == 0 and "branch_thinking" not in report
+
+    def test_a_stream_tells_it_of_its_first_rows(self, told, caplog):
+        told(streaming=True).stream.sample()
+        [record] = caplog.records
+        assert "talks.jsonl: of the first 4 rows, " + self.TOLD in record.getMessage()

@@ -96,3 +96,25 @@ def test_the_scorer_goes_by_rank(mine):
     scorer = scorer_in(module)(module.Config(rank_power=2.0), None)
     request, one = Request(0, "Q", [1], [2, 3], None), Round(0, [4], [2, 3], [])
     assert scorer.score([Spot(request, one, Mismatch(0, 0.7, 0.25, rank)) for rank in (2, 3, 5)]) == [1, 1 / 4, 1 / 16]
+
+
+def test_the_dialect_is_read_as_it_is_written_and_saved(mine, tokenizer):
+    import copy
+
+    from luthier.core.types import Call
+    from luthier.data.template import TemplateConfig, make_renderer
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    renderer = make_renderer(TemplateConfig(template="chatml", tool_format="tagged"), tokenizer)
+    call = {"name": "add", "arguments": {"a": 1}}
+    asked = Message("user", "What is 1 + 1?")
+    source, said = renderer.oneturn(
+        (asked, Message("function", f"{call}".replace("'", '"'))), tools='[{"name": "add"}]'
+    )
+    assert tokenizer.decode(said) == '[[{"name": "add", "arguments": {"a": 1}}]]<|im_end|>\n'
+    assert renderer.reply("Well. [[no]] [[{}]]").calls == ()
+    assert renderer.reply(tokenizer.decode(said[:-2])).calls == (Call("add", {"a": 1}),)
+    talk = [{"role": "user", "content": asked.content}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    served = tokenizer.apply_chat_template(talk, tools=[{"name": "add"}], tokenize=False)
+    assert served == tokenizer.decode(source + said)

@@ -37,6 +37,10 @@ def test_the_examples_work_together(plugins, tok):
     assert tok.decode(said) == 'I add.\nCALL [{"name": "add", "arguments": {"a": 1}}]</s>'
     reply = renderer.reply(tok.decode(said[:-1]))
     assert (reply.content, reply.calls) == ("I add.", (Call("add", {"a": 1}),))
+    asked = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = [{"role": "user", "content": "U"}, {"role": "user", "content": "V"}]
+    talk += [{"role": "assistant", "content": "I add.", "tool_calls": [asked]}]
+    assert tok.apply_chat_template(talk, tools=[{"name": "add"}], tokenize=False) == tok.decode(source + said)
 
 
 def test_every_dialect_is_on_the_page():

@@ -59,7 +59,7 @@ class Tally:
             found.append(
                 f"{self.unserved_rows:,} rows of several turns are trained with thoughts in their history, as one "
                 "sequence (so does LLaMA-Factory), but chat, infer and servers send none: branch_thinking: true trains "
-                "what they send, preserve_thinking: true has them send what is trained"
+                "what they send, preserve_thinking: true has chat and infer send what is trained"
             )
         return found
 
@@ -107,6 +107,9 @@ class DataReport:
     """Evaluation examples by name; "" where there is one set."""
     streamed: int = 0
     """Rows of an epoch that are encoded while training."""
+    word: str = "trained"
+    """What the stage does to tokens that carry a weight: trained; judged, with the answer they belong to, as a whole;
+    labelled, each with a value of its own."""
 
     @property
     def total(self) -> Tally:
@@ -128,7 +131,7 @@ class DataReport:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("data set", overflow="fold")
-        for heading in ("rows", "unusable", "examples", "tokens", "trained", "cut rows", "cut tokens"):
+        for heading in ("rows", "unusable", "examples", "tokens", self.word, "cut rows", "cut tokens"):
             table.add_column(heading, justify="right")
         for name, tally in self.sets.items():
             counts = (tally.rows, tally.bad_rows, tally.items, tally.tokens, tally.supervised, tally.truncated_rows,

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from luthier.core.log import get_logger
 from luthier.core.types import Encoded
 from luthier.data.encoder import Job, encode_items
 from luthier.data.mix import Pairs
 from luthier.data.plan import pack
 from luthier.data.report import Tally
 from luthier.data.store import NUMBERS, measure, supervised
+
+log = get_logger("data.stream")
 
 Item = tuple[Encoded, str]
 """An example and `file:row`."""
@@ -100,6 +103,9 @@ class Stream:
     def sample(self, most: int = 1000) -> Examples:
         """Examples of the first rows that are trained: what layout and checks are decided on."""
         made = replace(self, rows=min(self.rows, most, self.epoch), capacity=None).make(0)
+        for nth, tally in made.tallies.items():
+            for remark in tally.remarks:
+                log.warning("%s: of the first %s, %s", self.jobs[nth].source.name, f"{tally.rows:,} rows", remark)
         return Examples([item for bundle in made.bundles for item in bundle])
 
     def _rows_at(self, place: np.ndarray) -> Pairs:
