@@ -95,6 +95,52 @@ def test_jsonl_of_pairs_counts_rows_and_stops_at_n(model_folder, tmp_path, capsy
 # What people see
 
 
+def rounds(tmp_path) -> tuple[str, list[int]]:
+    """A data set of one request with two rounds, and the ids of their context."""
+    known, said = "Hello", " one two three"
+    text = f"USER: {known}\nASSISTANT:{said}"
+    write(tmp_path, "context.jsonl", [{"req_id": "8", "user_text": known, "assistant_text": said}])
+    common = {"req_id": "8", "context_len": len(text)}
+    one = {"spd_round_draft_ids": [30, 31, 32], "spd_round_verifier_ids": [30, 41, 32]}
+    two = {"spd_round_draft_ids": [50, 51], "spd_round_verifier_ids": [60, 51]}
+    file = write(tmp_path, "train.jsonl", [
+        common | one | {"mismatch_index": [1], "mismatch_score": ["4"]},
+        common | two | {"mismatch_index": [0], "mismatch_score": [10]},
+    ])  # fmt: skip
+    return file, ids(text)
+
+
+def test_jsonl_of_rows_with_a_value_per_token(model_folder, tmp_path, capsys):
+    """Labels are the numbers that the head learns, each at its token, and null elsewhere."""
+    file, context = rounds(tmp_path)
+    words = ["stage=accept_head", "accept_layout=judge", f"dataset=[{{path: {file}, format: accept_head}}]"]
+    assert preview(model_folder, tmp_path, *words, "--format", "jsonl") == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row == {"row": 0, "branches": [
+        {"name": "round 1", "input_ids": [*context, 30, 31], "labels": [None] * (len(context) + 1) + [0.4],
+         "score": None},
+        {"name": "round 2", "input_ids": [*context, 50], "labels": [None] * len(context) + [1.0], "score": None},
+    ]}  # fmt: skip
+
+
+def test_stages_that_train_no_token_do_not_say_they_do(model_folder, tmp_path, capsys):
+    file, context = rounds(tmp_path)
+    words = ["stage=accept_head", "accept_layout=judge", f"dataset=[{{path: {file}, format: accept_head}}]"]
+    assert preview(model_folder, tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    whole = 2 * len(context) + 3
+    assert f"Of {whole} tokens 2 carry a label ({2 / whole:.1%}), which the head learns: no token is trained" in out
+    assert f"round 1: {len(context) + 2} tokens, 1 labelled" in out and " trained " not in out
+    pairs = write(tmp_path, "pairs.jsonl", [{"instruction": "q", "chosen": "one", "rejected": "two three"}])
+    words = ["stage=rm", f"dataset=[{{path: {pairs}, ranking: true}}]"]
+    assert preview(model_folder, tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    assert "judged as a whole: a score is learnt for each answer, and no token" in out
+    judged = len(ids("one<|im_end|>\n")), len(ids("two three<|im_end|>\n"))
+    assert f", {judged[0]} judged" in out and f", {judged[1]} judged" in out and " trained" not in out
+    assert "[[judged]]" in out.splitlines()[0]
+
+
 def test_one_answer():
     text = drawn(Encoded((path("Paris.<|im_end|>"),), truncated=3))
     given, said = len(ids(PROMPT)), len(ids("Paris.<|im_end|>"))

@@ -64,3 +64,14 @@ def test_a_configuration_for_inference_needs_no_data(capsys, tmp_path):
     assert json.loads(out)["template"] == "qwen3" and "checked for chat" in err
     assert main(["check", "chat.yaml", "output_dir=o", "--config-only", "--json"]) == 2
     assert "dataset: is not set" in capsys.readouterr().err
+
+
+def test_a_whole_check_of_a_file_that_is_not_for_training(tmp_path, capsys):
+    """A LLaMA-Factory file for export or chat has no data set; that is no fault of it."""
+    file = tmp_path / "merge.yaml"
+    file.write_text(f"model_name_or_path: {tmp_path}\ntemplate: qwen\nexport_dir: out\nexport_legacy_format: false\n")
+    assert main(["check", str(file)]) == 0
+    assert "nothing in it says train" in capsys.readouterr().out
+    file.write_text("model_name_or_path: some/model\ntemplate: qwen\nstage: sft\ndo_train: true\n")
+    assert main(["check", str(file)]) == 2
+    assert "dataset: is not set" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import resolved
 from luthier.core import log as logging
+from luthier.core.config import read
 from luthier.core.errors import ConfigError
 from luthier.run import Run, resolve
 
@@ -182,9 +183,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--json prints the resolved configuration: write --config-only --json.")
     if command.flags["config-only"]:
         return resolved.show(command.config, command.overrides, as_json=command.flags["json"])
-    run = resolve(command.config, command.overrides, verb="train")
+    trains = resolved.trains(read(command.config, command.overrides))
+    run = resolve(command.config, command.overrides, verb="train" if trains else "chat")
     for line in (*run.warnings, *run.notes):
         log.info("%s", line)
+    if not trains:
+        print(f"{run.source.name}: nothing in it says train (no dataset, no output_dir); it will do for chat, infer, "
+              "score and export, where adapter and model fit.")  # fmt: skip
+        return 0
     for line in check(run):
         print(line)
     print(f"{run.source.name}: this can be trained.")

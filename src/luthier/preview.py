@@ -100,7 +100,7 @@ def show(run: Run, *, rows: int, count: int, plot: str | bool, full: bool) -> No
         # Nothing is broken or cropped on the way into a file.
         console = Console(highlight=False, width=WIDE)
     column = next((column.name for column in run.objective.columns), None)
-    look = preview_view.Look.of(console, tokenizer, full=full, column=column)
+    look = preview_view.Look.of(console, tokenizer, full=full, column=column, word=prepared.report.word)
     console.print(preview_view.legend(look))
     for index in chosen(examples.which, rows):
         encoded, origin = run.objective.complete(index, examples)

@@ -31,7 +31,8 @@ def show(file: Path, *, rows: int | None, form: str, full: bool, console: Consol
 
     console = _console() if console is None else console
     column = next(iter(header["columns"]), None)
-    look = preview_view.Look.of(console, _tokenizer(header["tokenizer"]), full=full, column=column)
+    facts = {"full": full, "column": column, "word": "labelled" if column else "trained"}
+    look = preview_view.Look.of(console, _tokenizer(header["tokenizer"]), **facts)
     console.print(f"{header['what']}: {len(examples)} examples as the model was given them.", soft_wrap=True)
     console.print(preview_view.legend(look))
     for line, encoded in examples:

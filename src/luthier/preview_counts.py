@@ -31,7 +31,7 @@ def counters(report: DataReport, limit: int | None) -> RenderableType:
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("data set", overflow="fold")
-    for heading in ("rows read", "used", "dropped", "cut", "examples", "tokens", "trained"):
+    for heading in ("rows read", "used", "dropped", "cut", "examples", "tokens", report.word):
         table.add_column(heading, justify="right")
     for name, tally in report.sets.items():
         used = tally.rows - tally.bad_rows - tally.idle_rows
@@ -56,12 +56,21 @@ def _remarks(report: DataReport, limit: int | None) -> list[tuple[str, str]]:
             lines.append((f"{name}: {words} ({share:.1%}).", "yellow"))
     if any(tally.rows == limit for tally in report.sets.values()):
         lines.append((f"Only the first {limit:,} rows of each data set were read; --count 0 reads all.", "dim"))
-    return [*lines, (_sharing(report.total), "")]
+    return [*lines, (_sharing(report.total, report.word), "")]
 
 
-def _sharing(total: Tally) -> str:
+LEARNT = {
+    "trained": "are trained {share}",
+    "judged": "belong to answers {share}, which are judged as a whole: a score is learnt for each answer, and no token",
+    "labelled": "carry a label {share}, which the head learns: no token is trained",
+}
+"""What a stage does to tokens that carry a weight."""
+
+
+def _sharing(total: Tally, word: str) -> str:
     everything = max(total.path_tokens, 1)
-    said = f"Of {total.path_tokens:,} tokens {total.supervised:,} are trained ({total.supervised / everything:.1%})"
+    share = f"({total.supervised / everything:.1%})"
+    said = f"Of {total.path_tokens:,} tokens {total.supervised:,} {LEARNT[word].format(share=share)}"
     saved = total.path_tokens - total.tokens
     return f"{said}; sharing beginnings saves {saved:,} ({saved / everything:.1%})." if saved else f"{said}."
 

@@ -53,6 +53,8 @@ class Look:
     """Tokens that stand for images; those of an image that follow each other are shown as one and counted."""
     column: str | None = None
     """The per-token value that the stage learns, if it does."""
+    word: str = "trained"
+    """What the stage does to tokens that carry a weight."""
 
     @classmethod
     def of(cls, console: Console, tokenizer: Any, **facts: Any) -> Look:
@@ -83,7 +85,7 @@ def legend(look: Look) -> Text:
     text = Text()
     mark = ("[[", "]]") if look.plain else ("", "")
     parts = [
-        (f"{mark[0]}trained{mark[1]}", TRAINED),
+        (f"{mark[0]}{look.word}{mark[1]}", TRAINED),
         (f"{mark[0]}0.5:another weight than 1{mark[1]}", WEIGHED),
         ("read only", READ),
         ("<special token>", SPECIAL),
@@ -116,7 +118,7 @@ def _tokens(roots: Sequence[Piece]) -> int:
 def _lines(look: Look, piece: Piece) -> Iterator[Text]:
     """A piece and what follows, top to bottom."""
     run = run_of(piece)
-    yield _title(run)
+    yield _title(look, run)
     yield _written(look, run)
     for branch in run[-1].branches:
         yield from _lines(look, branch)
@@ -125,7 +127,7 @@ def _lines(look: Look, piece: Piece) -> Iterator[Text]:
 def _grow(look: Look, tree: Tree, piece: Piece, *, depth: int) -> None:
     """Add a piece, and below it what follows; far to the right, a trunk past its branches goes straight on."""
     run = run_of(piece)
-    node = tree.add(Group(_title(run), _written(look, run)))
+    node = tree.add(Group(_title(look, run), _written(look, run)))
     going = [branch for branch in run[-1].branches if branch.branches]
     trunk = going[0] if len(going) == 1 and depth >= DEEP else None
     for branch in run[-1].branches:
@@ -135,13 +137,13 @@ def _grow(look: Look, tree: Tree, piece: Piece, *, depth: int) -> None:
         _grow(look, tree, trunk, depth=depth)
 
 
-def _title(run: Sequence[Piece]) -> Text:
+def _title(look: Look, run: Sequence[Piece]) -> Text:
     """The answers that end in a run; or how many share it."""
     if run[-1].branches:
         names = list(dict.fromkeys(run[0].names))
         who = ", ".join(names) if len(names) <= NAMED else f"{len(run[0].names)} answers"
         return Text(f"shared by {who}: {sum(piece.tokens for piece in run):,} tokens", style=FRAME)
-    return Text("; ".join(map(_about, run[-1].ends)), style=FRAME)
+    return Text("; ".join(_about(look, path) for path in run[-1].ends), style=FRAME)
 
 
 def _written(look: Look, run: Sequence[Piece]) -> Text:
@@ -150,7 +152,7 @@ def _written(look: Look, run: Sequence[Piece]) -> Text:
     for piece in run:
         text.append_text(_text(look, piece.stretches))
         for path in piece.ends if piece.branches else ():
-            text.append(f" {_arrow(look)} {_about(path)} ", style=FRAME)
+            text.append(f" {_arrow(look)} {_about(look, path)} ", style=FRAME)
         for twig in (child for child in piece.children if child.is_twig):
             text.append(f" {_arrow(look)} ", style=FRAME)
             text.append_text(_text(look, twig.stretches))
@@ -164,10 +166,10 @@ def _arrow(look: Look) -> str:
     return "<-" if look.ascii else "\u2190"
 
 
-def _about(path: Path) -> str:
+def _about(look: Look, path: Path) -> str:
     """A path in words."""
-    trained = sum(1 for weight in path.weights[1:] if weight)
-    words = f"{path.name}: {len(path.ids):,} tokens, {trained:,} trained"
+    weighed = sum(1 for weight in path.weights[1:] if weight)
+    words = f"{path.name}: {len(path.ids):,} tokens, {weighed:,} {look.word}"
     if path.score == path.score:
         words += f", score {path.score:g}"
     if path.block is not None:

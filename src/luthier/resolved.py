@@ -23,14 +23,18 @@ TRAINING_SIGNS = ("dataset", "eval_dataset", "tokenized_path", "output_dir", "do
 """A configuration with none of these set is meant for chat, infer, export and the like."""
 
 
+def trains(given: Given) -> bool:
+    """Whether a configuration asks for training or evaluation; those of chat, infer, score and export do not."""
+    return any(given.values.get(key) not in (None, False, "") for key in TRAINING_SIGNS)
+
+
 def show(config: str | Mapping[str, Any], overrides: Sequence[str], *, as_json: bool) -> int:
     """Resolve a configuration and print it on stdout: one JSON object of flat keys, or a table for people."""
     given = read(config, overrides)
-    trains = any(given.values.get(key) not in (None, False, "") for key in TRAINING_SIGNS)
     # What libraries print while they are imported must not stand before the JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        run = resolve(config, overrides, verb="check" if trains else "chat")
-        if not trains:
+        run = resolve(config, overrides, verb="check" if trains(given) else "chat")
+        if not trains(given):
             log.info("Nothing says train (no dataset, no output_dir): checked for chat, infer, score and export.")
         for line in run.warnings:
             log.warning("%s", line)

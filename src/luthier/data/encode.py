@@ -21,7 +21,7 @@ from luthier.core.objective import Objective
 from luthier.core.paths import local
 from luthier.core.registry import find
 from luthier.data.cache import Printed, cache_folder, cached, digest, key_of, sha, shared_parts, source_parts
-from luthier.data.encoder import Job, encode_source, stage_of, trains_tokens
+from luthier.data.encoder import Job, encode_source, learnt, stage_of, trains_tokens
 from luthier.data.files import Jsonl, open_source
 from luthier.data.groups import join_of, leaders, open_groups, sibling_of
 from luthier.data.info import guess, sources
@@ -78,8 +78,15 @@ def prepare(
     access: how hubs may be reached.
     Raises ConfigError and DataError: what cannot be found, read or used, with file and row.
     """
-    if config.streaming:
-        return _streamed(config, objective, renderer, cutoff_len=cutoff_len, seed=seed, access=access)
+    make = _streamed if config.streaming else _stored
+    prepared = make(config, objective, renderer, cutoff_len=cutoff_len, seed=seed, access=access)
+    return replace(prepared, report=replace(prepared.report, word=learnt(objective)))
+
+
+def _stored(
+    config: DataConfig, objective: Objective, renderer: Printed, *, cutoff_len: int, seed: int, access: Access
+) -> Prepared:
+    """Data that are encoded before training."""
     if config.buffer_size != DataConfig.buffer_size:
         log.warning("buffer_size has no effect: it belongs to streaming, which is off.")
     shared = shared_parts(objective, renderer, cutoff_len)

@@ -144,6 +144,11 @@ def trains_tokens(objective: Objective) -> bool:
     return objective.head is None and not objective.columns
 
 
+def learnt(objective: Objective) -> str:
+    """What a stage does to the tokens that carry a weight, in a word for people."""
+    return "trained" if trains_tokens(objective) else "labelled" if objective.columns else "judged"
+
+
 def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     """One batch of rows, encoded, and what was counted."""
     items, tally = encode_items(job, chunk)
