@@ -63,6 +63,7 @@ def fit(run: Run) -> Result:
     device = sharding.join(args, trains_backbone=run.objective.trains_backbone)
     sharded = sharding.splits(args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
+    run.quant.check()
     transformers.set_seed(args.seed)
 
     tokenizer, data = load_data(run, seed=args.seed)

@@ -213,6 +213,7 @@ def test_stored_methods_whose_packages_are_missing(folder, tmp_path, method, wor
         ({"quantization_bit": 4, "quantization_method": "eetq"}, "eetq keeps 8 bits"),
         ({"quantization_bit": 4, "quantization_method": "gptq"}, "gptq cannot quantise a model while it is loaded"),
         ({"quantization_method": "bnbb"}, "quantization_method: There is no method named 'bnbb'. Did you mean 'bnb'"),
+        ({"quantization_bit": 5, "quantization_method": "bitsandbytes"}, "bnb keeps 4 or 8 bits, and 5 were asked for"),
         ({"quantization_bit": 8, "quantization_device_map": "auto"}, "quantization_device_map: auto is for 4-bit"),
     ],
 )
@@ -262,3 +263,58 @@ def test_fp8_checkpoints_are_unpacked(tmp_path):
     here = ModelConfig(model_name_or_path=str(tmp_path))
     trained = adapt(model, AdapterConfig(finetuning_type="full"), full.Config(), model_config=here, trainable=True)
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in trained.parameters())
+
+
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+"""Magnitudes of the eight codes of a 4-bit float (OCP Microscaling Formats 1.0, E2M1); the upper bit is the sign."""
+
+
+def test_mxfp4_checkpoints_are_unpacked(tmp_path):
+    """gpt-oss as it is published: two codes a byte, lower half first, 32 of them to a power of two, written by hand."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.GptOssConfig(vocab_size=400, layer_types=["full_attention"], **sizes, **more)
+    )
+    model.save_pretrained(tmp_path)
+    tensors, right = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inside, outside = tensors.pop(name).shape
+        codes = torch.randint(16, (experts, outside, inside))
+        scales = torch.randint(120, 127, (experts, outside, inside // 32))
+        signs = torch.where(codes >= 8, -1.0, 1.0)
+        values = signs * torch.tensor(FP4)[codes % 8] * (2.0 ** (scales - 127)).repeat_interleave(32, -1)
+        right[name] = values.transpose(1, 2)  # in memory an expert's rows are what it is given
+        packed = codes[..., 0::2] + 16 * codes[..., 1::2]
+        tensors[f"{name}_blocks"] = packed.reshape(experts, outside, inside // 32, 16).to(torch.uint8)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+    assert len(right) == 2
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = load_model(ModelConfig(model_name_or_path=str(tmp_path)), dtype=torch.float32)
+    for name, wanted in right.items():
+        assert torch.equal(model.get_parameter(name), wanted), name
+    here = ModelConfig(model_name_or_path=str(tmp_path))
+    trained = adapt(model, AdapterConfig(finetuning_type="full"), full.Config(), model_config=here, trainable=True)
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in trained.parameters())
+
+
+def test_the_older_name_of_bitsandbytes_means_the_same(folder):
+    assert "Linear4bit" in kinds(loaded(folder, quantization_bit=4, quantization_method="bitsandbytes"))
+
+
+def test_what_is_missing_is_said_before_data_are_read(tmp_path, monkeypatch):
+    """A large data set takes an hour to encode."""
+    from luthier import fit
+    from luthier.run import resolve
+
+    monkeypatch.setattr(fit, "load_data", lambda *args, **keys: pytest.fail("data were read"))
+    keys = {"model_name_or_path": "m", "dataset": "d", "output_dir": str(tmp_path), "quantization_bit": 4}
+    with pytest.raises(ConfigError, match="quanto needs optimum-quanto"):
+        fit.fit(resolve(keys | {"quantization_method": "quanto"}))

@@ -14,6 +14,7 @@ from luthier.model.adapt import AdapterConfig, adapt
 from luthier.model.load import ModelConfig
 from luthier.model.policy import PolicySetup
 from luthier.objectives.sft import Sft
+from luthier.train import by_hand
 from tests.conftest import TINY, build_model
 
 EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "pad_token_id": 3}
@@ -61,6 +62,17 @@ def test_loss_and_gradients_are_transformers_own(kind):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
     plain = PolicySetup(mixture(kind)).bind()
     assert (found - Sft().loss(plain, batch_of())[0]).abs() > 0.1, "the router's loss is part of it"
+
+
+def test_the_loop_by_hand_trains_it_too():
+    model, other = mixture("mixtral"), mixture("mixtral")
+    wanted = theirs(other)
+    wanted.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (loss,) = by_hand.train(PolicySetup(model, router=0.5), Sft(), [[batch_of()]], optimizer)
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    for (name, moved), began in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(moved, began - 0.1 * began.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_micro_batches_share_it_by_their_examples():

@@ -125,6 +125,63 @@ def test_what_transformers_would_ignore_or_stumble_over(stocked, optim, training
         chosen(optim=optim, training=training)
 
 
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ("adalomo", "needs a CUDA device"),
+        ("galore_adamw_8bit", "needs a CUDA device"),
+        ("galore_adafactor_layerwise", "cannot be made by transformers.*use_galore and galore_layerwise"),
+    ],
+)
+def test_names_that_would_end_in_a_traceback(stocked, optim, words):
+    """Each did, after the data were read and the model loaded."""
+    if torch.cuda.is_available() and "CUDA" in words:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=f"optim: {optim} {words}"):
+        chosen(optim=optim, training={"optim_target_modules": "all-linear"})
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_optimisers_that_step_in_the_backward_pass(stocked, caplog, optim):
+    targets = {"optim_target_modules": "all-linear"}
+    with pytest.raises(ConfigError, match=f"gradient_accumulation_steps: optim: {optim} .* Write 1."):
+        chosen(optim=optim, training=targets | {"gradient_accumulation_steps": 2})
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        chosen(optim=optim, training=targets)
+        assert "max_grad_norm has no effect" in caplog.text
+        assert ("lr_scheduler_type and warmup_steps have no effect" in caplog.text) == (optim != "lomo")
+        caplog.clear()
+        chosen(optim=optim, training=targets | {"max_grad_norm": 0.0, "lr_scheduler_type": "constant"})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("keys", "training", "words"),
+    [
+        ({"use_galore": True}, {"optim": "adamw_8bit"}, "use_galore: with optim: adamw_8bit GaLore needs a CUDA"),
+        ({"use_muon": True}, {"optim": "sgd"}, "use_muon: goes with optim: adamw_torch"),
+        ({"use_badam": True}, {"optim": "adafactor"}, "use_badam: goes with optim: adamw_torch"),
+    ],
+)
+def test_what_a_rule_cannot_do_is_said_before_anything_is_read(stocked, keys, training, words):
+    if torch.cuda.is_available() and "CUDA" in words:
+        pytest.skip("there is a GPU")
+    optim = training["optim"]
+    with pytest.raises(ConfigError, match=words):
+        chosen(optim=optim, **keys)
+
+
+@pytest.mark.parametrize("rule", ["galore", "apollo"])
+def test_layer_by_layer_under_fp16(rule):
+    """Gradients are scaled until the optimiser steps, and here each weight has stepped by then."""
+    module = find("optim", rule)
+    config = module.Config(**{f"use_{rule}": True, f"{rule}_layerwise": True})
+    halved = task(optim="adamw_torch")
+    halved.args.fp16 = True
+    with pytest.raises(ConfigError, match=f"{rule}_layerwise: fp16 scales gradients"):
+        module.check(config, halved)
+
+
 def test_schedule_free_with_a_schedule_is_pointed_out(stocked, caplog):
     with caplog.at_level(logging.WARNING, logger="luthier"):
         chosen(optim="schedule_free_adamw")

@@ -158,7 +158,6 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_LOSS, use_dft_loss=False, use_asft_loss=False, asft_alpha=0.1, use_eaft_loss=False, eaft_alpha=1.0),
     # optimisers
     **_group(_RATIO, badam_mode="layer", badam_update_ratio=0.05, badam_mask_mode="adjacent"),
-    "apollo_layerwise": Refused((False,), "updates inside the backward pass cannot be clipped; leave the key out"),
     # trackers, launchers, profiling
     **_group(_SWANLAB, use_swanlab=False, swanlab_project="llamafactory", swanlab_workspace=None),
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),

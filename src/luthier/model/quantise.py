@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 STORED = {"bitsandbytes": "bnb"}
-"""Names that transformers writes into config.json and users know by another name."""
+"""Names that transformers writes into config.json, and older versions of LLaMA-Factory read, by those of now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class QuantConfig:
     """Bring the base model's linear layers down to so many bits while it is loaded: 4 or 8 with bnb. Unset: leave it as
     it is; models that are stored quantised need no key."""
     quantization_method: str = "bnb"
-    """How: the name of a file in quant/, such as bnb or hqq."""
+    """How: the name of a file in quant/, such as bnb (or bitsandbytes, which is the same) or hqq."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """Kind of 4-bit number of bnb: nf4 suits weights, which are distributed normally."""
     double_quantization: bool = True
@@ -40,16 +40,26 @@ class QuantConfig:
     """auto: spread a 4-bit model over all accelerators of this process, to use it; unset: one device."""
 
     def __post_init__(self) -> None:
-        if self.quantization_method not in names("quant"):
+        if self.method not in names("quant"):
             raise ConfigError(f"quantization_method: {miss('method', self.quantization_method, names('quant'))}")
-        method, bits = find("quant", self.quantization_method), self.quantization_bit
+        method, bits = find("quant", self.method), self.quantization_bit
         if bits is not None and bits not in method.BITS:
             raise ConfigError(f"quantization_bit: {self._wrong_bits(method, bits)}")
         if self.quantization_device_map is not None and bits != 4:
             raise ConfigError("quantization_device_map: auto is for 4-bit models; it needs quantization_bit: 4.")
 
+    @property
+    def method(self) -> str:
+        """The file in quant/ that is meant."""
+        return STORED.get(self.quantization_method, self.quantization_method)
+
+    def check(self) -> None:
+        """Raise ConfigError where what the run asks for is not installed, before data are read."""
+        if self.quantization_bit is not None:
+            _check_installed(find("quant", self.method), self.method)
+
     def _wrong_bits(self, method: ModuleType, bits: int) -> str:
-        name = self.quantization_method
+        name = self.method
         if method.BITS:
             return f"{name} keeps {_one_of(method.BITS)} bits, and {bits} were asked for."
         able = [other for other in names("quant") if find("quant", other).BITS]
@@ -98,9 +108,8 @@ def loading(
         return None, None
     if sharded and config.quantization_bit != 4:
         raise ConfigError("quantization_bit: sharded training (FSDP, ZeRO-3) takes 4 bits; 8 only one process each.")
-    method = find("quant", config.quantization_method)
-    _check_installed(method, config.quantization_method)
-    return method.settings(config, dtype, sharded=sharded), config.quantization_method
+    config.check()
+    return find("quant", config.method).settings(config, dtype, sharded=sharded), config.method
 
 
 def placement(config: QuantConfig, device: Any, *, sharded: bool) -> Any:

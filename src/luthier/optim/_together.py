@@ -1,7 +1,8 @@
-"""Several optimisers that step, save and load as one."""
+"""Several optimisers that step, save and load as one, together or each in its turn."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,3 +38,30 @@ class Together(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+class InBackward(Together):
+    """An optimiser for each weight, which steps as soon as its gradient is there and then lets go of that.
+
+    state: what they begin with, by weight.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer, state: Mapping[Any, Any]):
+        super().__init__(*parts)
+        self.state.update(state)
+        for part in parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    parameter.register_post_accumulate_grad_hook(_stepping(part))
+
+    def step(self, closure: Any = None) -> Any:
+        """Nothing is left to do once the gradients have been computed."""
+        return None if closure is None else closure()
+
+
+def _stepping(part: torch.optim.Optimizer) -> Any:
+    def step(parameter: torch.Tensor) -> None:
+        part.step()
+        parameter.grad = None
+
+    return step

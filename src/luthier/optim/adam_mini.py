@@ -30,13 +30,17 @@ def wanted(config: Config, task: Task) -> bool:
     return config.use_adam_mini
 
 
+def check(config: Config, task: Task) -> None:
+    """Raise ConfigError for what does not go together, before anything is loaded."""
+    one_of(task, "use_adam_mini", ADAMW)
+    if task.adapter:
+        raise ConfigError("use_adam_mini: goes by the heads of whole weights, and this run trains an adapter.")
+
+
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """Adam-mini over all trained weights; raises ConfigError for models whose heads it would cut in wrong places."""
     from adam_mini import Adam_mini
 
-    one_of(task, "use_adam_mini", ADAMW)
-    if task.adapter:
-        raise ConfigError("use_adam_mini: goes by the heads of whole weights, and this run trains an adapter.")
     facts = model.config.get_text_config()
     size = getattr(facts, "head_dim", None) or facts.hidden_size // facts.num_attention_heads
     if size * facts.num_attention_heads != facts.hidden_size:

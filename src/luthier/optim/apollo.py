@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from luthier.optim._projected import readable
-from luthier.optim._task import ADAMW, Task, groups, matrices, one_of
+from luthier.optim._projected import check_layerwise, project
+from luthier.optim._task import ADAMW, Task, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,11 +39,21 @@ class Config:
     """One learning rate for each channel, or one for a whole weight."""
     apollo_scale_front: bool = False
     """Limit the norm of an update before it is scaled, instead of after."""
+    apollo_layerwise: bool = False
+    """Update each weight in the middle of the backward pass, so that no two gradients are held at once. Gradients are
+    then not clipped."""
 
 
 def wanted(config: Config, task: Task) -> bool:
     """Whether the run asks for it."""
     return config.use_apollo
+
+
+def check(config: Config, task: Task) -> None:
+    """Raise ConfigError for what does not go together, before anything is loaded."""
+    one_of(task, "use_apollo", ADAMW)
+    if config.apollo_layerwise:
+        check_layerwise(task, "apollo_layerwise")
 
 
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
@@ -52,18 +62,20 @@ def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     from apollo_torch.random_projector import GradientProjector
     from apollo_torch.svd_projector import GaLoreProjector
 
-    one_of(task, "use_apollo", ADAMW)
-    targets = matrices(model, "apollo_target", config.apollo_target)
-    made = groups(
+    return project(
         model,
-        task.args.weight_decay,
-        lambda name, parameter: name in targets,
-        rank=config.apollo_rank,
-        proj=config.apollo_proj,
-        proj_type=config.apollo_proj_type,
-        update_proj_gap=config.apollo_update_interval,
-        scale=config.apollo_scale,
-        scale_type=config.apollo_scale_type,
+        task,
+        APOLLOAdamW,
+        GradientProjector if config.apollo_proj == "random" else GaLoreProjector,
+        target=("apollo_target", config.apollo_target),
+        projection={
+            "rank": config.apollo_rank,
+            "proj": config.apollo_proj,
+            "proj_type": config.apollo_proj_type,
+            "update_proj_gap": config.apollo_update_interval,
+            "scale": config.apollo_scale,
+            "scale_type": config.apollo_scale_type,
+        },
+        settings=task.adam | {"scale_front": config.apollo_scale_front, "no_deprecation_warning": True},
+        layerwise=config.apollo_layerwise,
     )
-    optimizer = APOLLOAdamW(made, **task.adam, scale_front=config.apollo_scale_front, no_deprecation_warning=True)
-    return readable(optimizer, GradientProjector if config.apollo_proj == "random" else GaLoreProjector)

@@ -30,15 +30,21 @@ def wanted(config: Config, task: Task) -> bool:
     return config.use_muon
 
 
+def check(config: Config, task: Task) -> None:
+    """Raise ConfigError for what does not go together, before anything is loaded."""
+    import torch
+
+    one_of(task, "use_muon", ADAMW)
+    if "Muon" not in vars(torch.optim):
+        raise ConfigError(f"use_muon: needs PyTorch 2.9 or newer, and {torch.__version__} is installed.")
+
+
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """PyTorch's Muon and AdamW as one optimiser."""
     import torch
 
     from luthier.optim._together import Together
 
-    one_of(task, "use_muon", ADAMW)
-    if "Muon" not in vars(torch.optim):
-        raise ConfigError(f"use_muon: needs PyTorch 2.9 or newer, and {torch.__version__} is installed.")
     outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     apart = {id(p) for module in model.modules() if id(module) in outside for p in module.parameters()}
     decays, decay = decayed(model), task.args.weight_decay

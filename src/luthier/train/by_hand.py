@@ -44,7 +44,11 @@ def train(
             totals |= survey(setup.bind, objective, micro_batches)
         step_loss = 0.0
         for batch in micro_batches:
-            loss, _ = objective.loss(setup.bind(), batch.with_totals(totals, number / len(steps)))
+            policy, batch = setup.bind(), batch.with_totals(totals, number / len(steps))
+            loss, _ = objective.loss(policy, batch)
+            router = policy.router_loss(batch)
+            if router is not None:
+                loss = loss + router
             loss.backward()
             step_loss += loss.item()
         if max_grad_norm:

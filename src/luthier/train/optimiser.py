@@ -39,6 +39,13 @@ PACKAGES: tuple[tuple[str, str, str], ...] = (
 )
 """What names of `optim` need: how they begin, the import name, what to ask pip for."""
 
+CUDA_ONLY = ("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise")
+"""Names of `optim` whose packages know no other device."""
+BROKEN = {
+    "galore_adafactor_layerwise": "cannot be made by transformers: it hands Adafactor a rate and lets it choose one, "
+    "which galore-torch refuses. Use optim: adafactor with use_galore and galore_layerwise."
+}
+
 
 class Factory:
     """What transformers' Trainer calls to make an optimiser of a model: an instance, with the model and a rule."""
@@ -71,6 +78,9 @@ def choose(configs: Mapping[str, Any], task: Task) -> tuple[type[Factory], dict[
     rule = rules[named[0]]
     for module, package in rule.PACKAGES.items():
         _need(module, package, f"use_{named[0]}")
+    check = vars(rule).get("check")
+    if check is not None:
+        check(configs[named[0]], task)
     return Factory, {"rule": rule, "config": configs[named[0]], "task": task}
 
 
@@ -80,6 +90,12 @@ def _check_named(task: Task) -> None:
         if task.optim.startswith(start):
             _need(module, package, f"optim: {task.optim}")
     args = task.args
+    if task.optim in CUDA_ONLY and not _has_cuda():
+        raise ConfigError(f"optim: {task.optim} needs a CUDA device, and there is none. Use optim: adamw_torch.")
+    if task.optim in BROKEN:
+        raise ConfigError(f"optim: {task.optim} {BROKEN[task.optim]}")
+    if task.optim.endswith(("lomo", "_layerwise")):
+        _check_in_backward(task)
     if task.optim.startswith(("galore_", "apollo_")):
         if not args.optim_target_modules:
             raise ConfigError(
@@ -96,6 +112,34 @@ def _check_named(task: Task) -> None:
             raise ConfigError(f"warmup_steps: optim: {task.optim} wants a number of steps, not a share of all.")
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "constant":
             log.warning("optim: %s plans its own steps; lr_scheduler_type: constant suits it.", task.optim)
+
+
+def _check_in_backward(task: Task) -> None:
+    """Optimisers that change weights while gradients are computed see no step as a whole."""
+    args = task.args
+    if args.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps: optim: {task.optim} changes weights in every backward pass, so that "
+            f"{args.gradient_accumulation_steps} of them would be as many steps. Write 1."
+        )
+    if args.max_grad_norm:
+        log.warning("max_grad_norm has no effect: optim: %s uses up gradients before their norm is known.", task.optim)
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if task.optim.endswith("_layerwise") and (schedule != "constant" or args.warmup_steps):
+        rule = task.optim.split("_")[0]
+        log.warning(
+            "lr_scheduler_type and warmup_steps have no effect: transformers keeps the learning_rate of optim: %s. "
+            "use_%s: true with %s_layerwise: true obeys them.",
+            task.optim,
+            rule,
+            rule,
+        )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _need(module: str, package: str, key: str) -> None:

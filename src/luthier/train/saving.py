@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from luthier.core import manifest
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
-from luthier.model import heads
+from luthier.model import heads, renamed
 from luthier.model.head_only import HeadOnly, HeadOnlySetup
 from luthier.model.policy import PolicySetup
 from luthier.train import checkpoint, runlog
@@ -280,14 +280,18 @@ class Saving(Sharding):
         return {**facts, **self.objective.facts(self.processing_class)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if not isinstance(self.model, HeadOnly):
+        if not isinstance(self.model, HeadOnly) and not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self.model, HeadOnly):
+        if not isinstance(self.model, HeadOnly) and not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
         self._load_head(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: str) -> bool:
+        # Engines that shard write the names that the model has in memory.
+        return not self.sharded and renamed.load(self.model, Path(folder))
 
     def _load_head(self, folder: str) -> None:
         # Engines that shard keep the head with all other weights.
