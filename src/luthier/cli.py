@@ -214,24 +214,29 @@ def _reported(argv: list[str], debug: bool) -> int:
     """Run one command; what a user can mend becomes one message, said by the first process to fail."""
     try:
         return _dispatch(argv)
-    except LuthierError as error:
+    except (LuthierError, OSError) as error:
+        text = mendable(error)
+        if text is None or (debug and isinstance(error, OSError)):
+            raise
         if debug:
             traceback.print_exc()
         if ranks.speaks_first(2):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if debug or error.errno not in DISK_TROUBLE:
-            raise
-        if ranks.speaks_first(2):
-            place = error.filename or "a file"
-            print(f"error: {place}: {error.strerror}. Free space or permissions there.", file=sys.stderr)
+            print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def mendable(error: Exception) -> str | None:
+    """What to tell a user who can mend this; None for what is no user's mistake."""
+    if isinstance(error, LuthierError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        return f"{error.filename or 'a file'}: {error.strerror}. Free space or permissions there."
+    return None
 
 
 def parse_command(argv: Sequence[str], verb: str) -> Command:

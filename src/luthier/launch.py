@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from luthier import ranks
 from luthier.core.errors import ConfigError
@@ -29,6 +29,14 @@ class LaunchConfig:
     """Processes on the Ray cluster, each with a GPU where the cluster has any."""
     ray_init_kwargs: dict[str, Any] | None = None
     """Arguments of `ray.init`, such as {address: auto} for a cluster that is running. Unset: Ray starts here."""
+    resources_per_worker: dict[str, float] | None = None
+    """What a worker takes of the cluster, such as {CPU: 4, GPU: 1}. Unset: a CPU, and a GPU where there is any."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on as few nodes as they fit on (PACK), or on as many as there are (SPREAD); STRICT_ insists."""
+    ray_run_name: str | None = None
+    """What Ray calls the run. Unset: the time."""
+    ray_storage_path: str | None = None
+    """Folder for Ray's own files; the model is written to output_dir. Unset: ray/ in output_dir."""
 
     def __post_init__(self) -> None:
         if self.ray_num_workers < 1:
@@ -58,7 +66,7 @@ def wanted(keys: Mapping[str, Any], environ: Mapping[str, str]) -> Plan | None:
     MIN_NNODES and MAX_NNODES), NODE_RANK, MASTER_ADDR, MASTER_PORT, RDZV_ID, MAX_RESTARTS. Raises ConfigError.
     """
     cpu = _true(keys, "use_cpu") or _true(keys, "no_cuda")
-    processes = _number(environ, "NPROC_PER_NODE", 1 if cpu else max(devices(), 1), least=1)
+    processes = whole_number(environ, "NPROC_PER_NODE", 1 if cpu else max(devices(), 1), least=1)
     nodes = _nodes(environ)
     asked = _true(environ, "FORCE_TORCHRUN") or processes > 1 or nodes != "1"
     engine = any(keys.get(name) not in (None, False, "", "false") for name in ("deepspeed", "fsdp"))
@@ -68,11 +76,11 @@ def wanted(keys: Mapping[str, Any], environ: Mapping[str, str]) -> Plan | None:
     plan = Plan(
         processes,
         nodes,
-        None if nodes == "1" or rdzv_id else _number(environ, "NODE_RANK", -1, least=0),
+        None if nodes == "1" or rdzv_id else whole_number(environ, "NODE_RANK", -1, least=0),
         environ.get("MASTER_ADDR") or None,
-        _number(environ, "MASTER_PORT", 0, least=1) or None,
+        whole_number(environ, "MASTER_PORT", 0, least=1) or None,
         rdzv_id,
-        _number(environ, "MAX_RESTARTS", 0, least=0),
+        whole_number(environ, "MAX_RESTARTS", 0, least=0),
     )
     _check(plan)
     return plan
@@ -95,7 +103,8 @@ def _true(values: Mapping[str, Any], name: str) -> bool:
     return is_true(values.get(name, ""))
 
 
-def _number(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:
+def whole_number(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:
+    """The number that an environment variable holds, `default` where it is unset. Raises ConfigError."""
     text = environ.get(name, "").strip()
     if not text:
         return default

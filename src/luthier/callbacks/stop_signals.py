@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from luthier.run import Run
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
+ASKED = "LUTHIER_STOP"
+"""Environment variable: a file that a launcher writes the number of a signal to, where it cannot send the signal."""
 
 
 class StopSignals(TrainerCallback, Postpones):
@@ -89,12 +92,19 @@ class StopSignals(TrainerCallback, Postpones):
 
     def _agree(self, device: torch.device) -> signal.Signals | None:
         """The signal any rank received: were each to decide alone, the others would wait for it for ever."""
-        number = int(self._received or 0)
+        number = int(self._received or _asked())
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             votes = torch.tensor([number], device=device)
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             number = int(votes)
         return signal.Signals(number) if number else None
+
+
+def _asked() -> int:
+    """The signal that a launcher has left word of, 0 if there is none."""
+    file = os.environ.get(ASKED)
+    text = Path(file).read_text(encoding="utf-8") if file is not None and os.path.exists(file) else ""
+    return int(text or 0)
 
 
 def wanted(run: Run) -> TrainerCallback | None:

@@ -100,7 +100,7 @@ _PPO = "belongs to stage ppo, which is not there yet"
 _REWARD = "a reward model is read by stage ppo only, which is not there yet"
 _SWANLAB = "write report_to: swanlab; SwanLab's own environment variables (SWANLAB_PROJECT ...) set the rest"
 _RAY = "Ray connects its workers by itself; for torchrun set the environment variables of the same names"
-_RAY_FILES = "Ray's own files lie in ray/ below output_dir; leave the key out"
+_RAY_FILES = "ray_storage_path is a folder that every node sees; leave the key out"
 _PROFILER = "the profiler is not there yet; leave the key out"
 _FP8 = "fp8 training is not supported yet; use bf16: true"
 _MEGATRON = "Megatron is not supported; leave the key out"
@@ -163,8 +163,7 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_SWANLAB, swanlab_run_name=None, swanlab_mode="cloud", swanlab_api_key=None, swanlab_logdir=None),
     **_group(_SWANLAB, swanlab_lark_webhook_url=None, swanlab_lark_secret=None),
     **_group(_RAY, master_addr=None, master_port=None),
-    **_group(_RAY_FILES, ray_run_name=None, ray_storage_path="./saves", ray_storage_filesystem=None),
-    **_group(_RAY, resources_per_worker={"GPU": 1}, placement_strategy="PACK"),
+    **_group(_RAY_FILES, ray_storage_filesystem=None),
     **_group(_PROFILER, enable_torch_profiler=False, profiler_output_dir=None, profiler_wait_steps=1),
     **_group(_PROFILER, profiler_warmup_steps=1, profiler_active_steps=1, profiler_repeat=1),
     **_group(_PROFILER, profiler_record_shapes=True, profiler_profile_memory=True, profiler_with_stack=True),
@@ -236,7 +235,7 @@ ENVIRONMENT: dict[str, Variable] = {
     **_all("where the first machine listens", "MASTER_ADDR", "MASTER_PORT", works=True),
     "RDZV_ID": Variable("name of an elastic job, whose machines may come and go", works=True),
     **_all("fewest and most machines of an elastic job", "MIN_NNODES", "MAX_NNODES", works=True),
-    "MAX_RESTARTS": Variable("how often torchrun starts an elastic job again", works=True),
+    "MAX_RESTARTS": Variable("how often torchrun starts an elastic job again, or Ray any (unset: 3)", works=True),
     "USE_RAY": Variable("1 starts training on a Ray cluster, as --ray does", works=True),
     "WANDB_PROJECT": Variable("the project of report_to: wandb", works=True),
     "ALLOW_EXTRA_ARGS": Variable("1 makes unknown keys a warning", works=True),
