@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
 from luthier.core import manifest
+from luthier.core.errors import CheckpointError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.model import heads, renamed
@@ -68,6 +69,10 @@ class Saving(Sharding):
         self.writer = Writer(background=async_save and not self.sharded)
         if async_save and self.sharded:
             log.warning("async_save has no effect: FSDP and DeepSpeed write their parts together, between two steps.")
+        if self.args.save_only_model and self.args.do_train:
+            log.warning(
+                "save_only_model: checkpoints hold weights alone; a run that breaks off cannot go on from them."
+            )
         self.failed_save: str | None = None
         """Why the newest checkpoint that should be there is not."""
         self._writing: Path | None = None
@@ -138,11 +143,8 @@ class Saving(Sharding):
         args, jobs = self.args, []
         if self.sharded:
             self.save_model(str(staged), _internal_call=True)
-            if self.in_parts and args.should_save:
-                self._save_words(staged)
-                self.describe_parts(staged)
-                if self.objective.head is not None:
-                    heads.describe(self.objective.head, staged, self._head_facts())
+            if self.in_parts:
+                self._save_beside_parts(staged)
         elif args.should_save:
             self._save_words(staged)
             jobs.append(partial(self._save_weights, staged, *self._weights(copied=self.writer.background)))
@@ -259,6 +261,18 @@ class Saving(Sharding):
             self._save_words(folder)
         self._save_weights(folder, self.model.state_dict() if state_dict is None else state_dict, self.setup.head)
 
+    def _save_beside_parts(self, folder: Path) -> None:
+        """What whole weights would bring along. All ranks must call it."""
+        judgement = self.whole_head()
+        if not self.args.should_save:
+            return
+        self._save_words(folder)
+        self.describe_parts(folder)
+        if judgement:
+            heads.save_tensors(judgement, str(self.objective.head), folder, self._head_facts())
+        elif self.objective.head is not None:
+            heads.describe(self.objective.head, folder, self._head_facts())
+
     def _save_words(self, folder: Path) -> None:
         """Everything that is text: tokenizer, config files."""
         if self.processing_class is not None:
@@ -285,6 +299,12 @@ class Saving(Sharding):
         self._load_head(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if wrong := manifest.damage(best, weights_only=True):
+            raise CheckpointError(
+                f"load_best_model_at_end: {best} is damaged: {wrong}. Put a copy of it in its place, or remove the "
+                "folder to keep the model of the last step, and start the same command again."
+            )
         if not isinstance(self.model, HeadOnly) and not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
         self._load_head(self.state.best_model_checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -22,10 +23,12 @@ from luthier.core.kinds import is_true
 from luthier.core.log import get_logger
 from luthier.model import heads
 from luthier.model.reference import FrozenModel
+from luthier.train import processes
 
 log = get_logger("train")
 
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
+GATHERS = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def splits(args: transformers.TrainingArguments) -> bool:
@@ -56,11 +59,19 @@ def join(args: transformers.TrainingArguments, *, trains_backbone: bool = True) 
         unset_hf_deepspeed_config()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if args.device.type == "cpu":
-            import deepspeed
-
-            # On a CPU transformers leaves DeepSpeed's channels closed.
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+            _open_channels()
     return torch.device("cpu")
+
+
+def _open_channels() -> None:
+    """On a CPU transformers leaves DeepSpeed's channels closed."""
+    import deepspeed
+    from deepspeed import ops
+
+    # A sum over shared memory that only inference asks for; it would be compiled now, which takes minutes and a
+    # compiler. DeepSpeed looks into its table of usable parts before it compiles one.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
 def settle(reference: Any, args: transformers.TrainingArguments) -> None:
@@ -135,7 +146,12 @@ class Sharding(transformers.Trainer):
     @property
     def zero3(self) -> bool:
         """Whether DeepSpeed cuts the weights themselves."""
-        return self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_zero3()
+        return self.is_deepspeed_enabled and self._zero_file.is_zero3()
+
+    @property
+    def _zero_file(self) -> Any:
+        """DeepSpeed's file, whichever way it came."""
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config
 
     def prove_sharding(self) -> None:
         """Check at the first step that processes hold parts of the model, not copies of it."""
@@ -147,12 +163,27 @@ class Sharding(transformers.Trainer):
         if self.is_fsdp_enabled or self.zero3:
             self.add_callback(_Proof(zero3=self.zero3))
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As transformers' own, from checkpoints of the same engine."""
+        if resume_from_checkpoint is not None:
+            processes.same_engine(Path(resume_from_checkpoint), self._engine)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @property
+    def _engine(self) -> str:
+        if self.is_fsdp_enabled:
+            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            return processes.FSDP_PARTS if SHARDED in kind else processes.FSDP_WHOLE
+        return processes.DEEPSPEED if self.is_deepspeed_enabled else processes.PLAIN
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.zero3:
             import deepspeed
 
             # Weight by weight, so that no device ever holds the whole.
-            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.args.hf_deepspeed_config.config)
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self._zero_file.config)
+        if self.is_fsdp_enabled:
+            self._name_layers(self.accelerator.state.fsdp_plugin)
         try:
             return super()._prepare_for_training(*args, **kwargs)
         except ValueError as error:
@@ -161,9 +192,23 @@ class Sharding(transformers.Trainer):
             # transformers compares DeepSpeed's file with the keys and says which values differ.
             raise ConfigError(f"deepspeed: {error}") from error
 
+    def _name_layers(self, plugin: FullyShardedDataParallelPlugin) -> None:
+        """Say which layers to cut where the user did not: those that the model names, less those it does not have, such
+        as the layers of CLIP that read text, in a model that takes its eye alone."""
+        if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
+            there = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(there.intersection(self.model._no_split_modules or ()))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' own; what a run ends with is whole also where its checkpoints are sharded."""
-        if not self.is_fsdp_enabled or _internal_call:
+        if self.is_deepspeed_enabled:
+            state = {} if _internal_call and self.in_parts else self._zero_state()
+            if state and self.args.should_save:
+                self._save(output_dir, state)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        if not self.is_fsdp_enabled or (_internal_call and not self.args.save_only_model):
             super().save_model(output_dir, _internal_call)
             return
         plugin = self.accelerator.state.fsdp_plugin
@@ -174,10 +219,50 @@ class Sharding(transformers.Trainer):
         finally:
             plugin.set_state_dict_type(before)
 
+    def _zero_state(self) -> dict[str, torch.Tensor]:
+        """Whole weights to be saved, on rank 0; all ranks must call it."""
+        if not self.zero3:
+            return self.accelerator.get_state_dict(self.deepspeed)
+        if isinstance(self.model, PeftModel):
+            return self._collect(self._beside_the_base())
+        return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+
+    def whole_head(self) -> dict[str, torch.Tensor]:
+        """The head's own weights on rank 0, where ZeRO-3 has cut them; all ranks must call it."""
+        if not self.zero3:
+            return {}
+        return heads.part_of(self._collect([name for name, _ in self.model.named_parameters() if _of_head(name)]))
+
+    def _beside_the_base(self) -> list[str]:
+        """Parameters that an adapter is saved with: all that is trained, the whole head, and embeddings.
+
+        transformers takes those that are trained and loses the frozen part of a head, and new rows of an embedding.
+        """
+        embeddings = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        kept = {id(p) for module in embeddings if module is not None for p in module.parameters()}
+        found = self.model.named_parameters(remove_duplicate=False)
+        return [name for name, p in found if p.requires_grad or id(p) in kept or _of_head(name)]
+
+    def _collect(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """These of the parameters that ZeRO-3 has cut, whole, on rank 0."""
+        import deepspeed
+
+        parameters, state = dict(self.model.named_parameters(remove_duplicate=False)), {}
+        for name in names:
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                if self.args.should_save:
+                    state[name] = parameters[name].detach().cpu().clone()
+        return state
+
     @property
     def in_parts(self) -> bool:
-        """Whether checkpoints hold the weights as FSDP's parts (torch.distributed.checkpoint), which `export` joins."""
-        return self.is_fsdp_enabled and SHARDED in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        """Whether checkpoints hold the weights in parts: FSDP's (torch.distributed.checkpoint), or ZeRO-3's."""
+        if self.zero3:
+            gathers = self._zero_file.get_value(GATHERS, False) or self.args.save_only_model
+            return not (isinstance(self.model, PeftModel) or gathers)
+        # Parts are written together with the optimiser's: a checkpoint without an optimiser holds whole weights.
+        parts = SHARDED in str(self.accelerator.state.fsdp_plugin.state_dict_type) if self.is_fsdp_enabled else False
+        return parts and not self.args.save_only_model
 
     def describe_parts(self, folder: Path) -> None:
         """Put beside weights in parts the settings that whole weights would bring along."""
@@ -188,6 +273,10 @@ class Sharding(transformers.Trainer):
         model.config.save_pretrained(str(folder))
         if model.can_generate():
             model.generation_config.save_pretrained(str(folder))
+
+
+def _of_head(name: str) -> bool:
+    return f"{heads.SLOT}." in name
 
 
 def sizes(model: nn.Module, *, zero3: bool = False) -> tuple[int, int]:
