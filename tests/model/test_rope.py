@@ -22,7 +22,7 @@ def loaded(folder, length=None, **keys):
     ("kind", "more"),
     [
         ("linear", {}),
-        ("dynamic", {"original_max_position_embeddings": 512}),
+        ("dynamic", {}),
         ("yarn", {"original_max_position_embeddings": 512}),
         ("llama3", {"original_max_position_embeddings": 512, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
     ],
@@ -38,6 +38,36 @@ def test_the_factor_is_whole_and_the_length_grows_with_it(model_folder, kind, mo
         moved = model(ids, position_ids=at).logits - loaded(model_folder)(ids, position_ids=at).logits
     # Dynamic scaling changes nothing until a sequence is longer than the model's own length.
     assert (moved.abs().max() > 1e-5) == (kind != "dynamic")
+
+
+def test_dynamic_scaling_says_that_it_waits(model_folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded(model_folder, 1300, rope_scaling="dynamic")
+        assert "dynamic leaves sequences of up to 1536 tokens as they are" in caplog.text
+        assert "Unrecognized" not in caplog.text, "transformers knows every key it is given"
+        caplog.clear()
+        loaded(model_folder, 1300, rope_scaling="yarn")
+    assert not caplog.records
+
+
+def test_an_adapter_of_stretched_positions_reminds_of_them(model_folder, tmp_path, caplog):
+    """A file for export or chat that names model and adapter alone, as users of LLaMA-Factory write it."""
+    from luthier.adapters import lora
+    from luthier.model.adapt import AdapterConfig, adapt, attach
+
+    here = ModelConfig(model_name_or_path=str(model_folder))
+    adapted = adapt(build_model("llama"), AdapterConfig(), lora.Config(), model_config=here, trainable=True)
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "resolved_config.yaml").write_text("rope_scaling: yarn\ncutoff_len: 1300\n")
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        attach(loaded(model_folder, 1300, rope_scaling="yarn"), tmp_path)
+        assert "was trained with" not in caplog.text
+        attach(loaded(model_folder), tmp_path)
+        assert "trained with rope_scaling: yarn and cutoff_len: 1300" in caplog.text
+        caplog.clear()
+        (tmp_path / "resolved_config.yaml").write_text("rope_scaling: yarn\ncutoff_len: 512\n")
+        attach(loaded(model_folder), tmp_path)
+    assert "was trained with" not in caplog.text
 
 
 def test_linear_scaling_divides_positions(model_folder):

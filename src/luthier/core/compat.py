@@ -109,7 +109,7 @@ _EVALUATION = "benchmarks are not there yet; leave the key out"
 _LOSS = "this loss is not there yet; leave the key out for plain cross-entropy"
 _PREDICT = "scoring generated answers is not there yet; write them with `luthier infer CONFIG`"
 _EXPORT_QUANT = "quantising on export is not supported yet; export first, then quantise with the tool of your choice"
-_RATIO = "BAdam's mode ratio makes sparse gradients, whose norm the Trainer cannot take; use badam_mode: layer"
+_RATIO = "BAdam's mode ratio clips nothing, drops weight_decay and cannot be resumed; use badam_mode: layer"
 _UNSLOTH = "training is plain transformers and peft here, which learns the same; Luthier packs and shares prefixes"
 
 LLAMA_FACTORY: dict[str, Refused] = {

@@ -12,7 +12,7 @@ from luthier.core import manifest
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
-from luthier.model import modality, pissa
+from luthier.model import modality, pissa, rope
 from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch, sees
 from luthier.model.modules import as_names, embeddings, tied
 from luthier.model.processor import KeepProcessor
@@ -166,12 +166,13 @@ def attach(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> 
         if isinstance(error, ModelError):
             raise
         hint = (
-            " If tokens were added when it was trained, set resize_vocab: true."
+            " If tokens were added when it was trained, set resize_vocab: true and the keys that added them here too."
             if "size mismatch" in str(error)
             else ""
         )
         raise ModelError(f"The adapter {folder} does not fit the model: {error}{hint}") from error
     _check_loaded(adapted, folder)
+    rope.remind(model.config, folder)
     return adapted
 
 

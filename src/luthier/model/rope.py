@@ -9,6 +9,8 @@ from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig
 
 log = get_logger("model")
@@ -50,7 +52,35 @@ def stretch(settings: PretrainedConfig, kind: str, length: int) -> None:
     # Layers that look at a window only never see far positions, and keep theirs.
     for part in full or nested or [parameters]:
         part |= {"rope_type": kind, "factor": factor, **EXTRA[kind]}
-        if kind != "linear":
+        if kind in ("yarn", "llama3"):
             part["original_max_position_embeddings"] = known
     text.max_position_embeddings = int(known * factor)
     log.info("rope_scaling: %s, factor %g; the model now takes %d positions.", kind, factor, known * factor)
+    if kind == "dynamic":
+        # As transformers and LLaMA-Factory have it: how far a sequence is stretched depends on its own length.
+        log.warning(
+            "rope_scaling: dynamic leaves sequences of up to %d tokens as they are, so that it changes nothing in "
+            "training; linear, yarn and llama3 stretch positions from the first one.",
+            known * factor,
+        )
+
+
+def remind(settings: PretrainedConfig, folder: Path) -> None:
+    """Warn where the adapter of `folder` was trained on stretched positions and the model has its own ones."""
+    import yaml
+
+    trained = folder / "resolved_config.yaml"
+    parameters = getattr(settings.get_text_config(), "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    if not trained.is_file() or any(kind not in (None, "default") for kind in kinds):
+        return
+    keys = yaml.safe_load(trained.read_text("utf-8")) or {}
+    kind, length = keys.get("rope_scaling"), keys.get("cutoff_len") or 0
+    if kind is not None and length > settings.get_text_config().max_position_embeddings:
+        log.warning(
+            "WARNING: %s was trained with rope_scaling: %s and cutoff_len: %d, and here nothing is stretched, so that "
+            "positions are not those of its training. Set both keys as they were.",
+            folder,
+            kind,
+            length,
+        )
