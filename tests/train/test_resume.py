@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from tests.exact.runs import at, furthest, items_for, objective_of, trainer_for, weights
 from transformers import EarlyStoppingCallback
 
+from luthier.callbacks.schedule_free import Average
 from luthier.callbacks.stop_signals import StopSignals
 from luthier.core.config import keys_of
 from luthier.core.errors import CheckpointError, ConfigError
+from luthier.core.registry import find
+from luthier.optim._task import Task
 from luthier.run import OWNERS, load_owner, resolve
 from luthier.train import checkpoint, resume
 from luthier.train.keys import training_keys
 from luthier.train.loop_state import LoopState, load
+from luthier.train.optimiser import choose
 from luthier.train.sampler import Bundles
 
 RUN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "template": "chatml", "val_size": 3}
@@ -145,6 +151,23 @@ def test_parts_of_zero_belong_to_their_processes(tmp_path):
         resume.same_step(folder, args)
 
 
+@pytest.mark.parametrize("key, name", [("model_name_or_path", "m"), ("adapter_name_or_path", "a")])
+def test_weights_alone_are_not_gone_on_with_in_silence(tmp_path, said, key, name):
+    (folder,) = made(tmp_path, 4, ends=8)
+    with pytest.raises(CheckpointError, match=f"weights alone .*{key}: {folder}.*allow_config_change: true"):
+        resume.check_states(folder, key=key, allow=False)
+    resume.check_states(folder, key=key, allow=True)
+    assert len(said) == 1 and "a fresh optimiser" in said[0]
+    for whole in ("scheduler.pt", "global_step4/here"):
+        (folder / whole).parent.mkdir(exist_ok=True)
+        (folder / whole).touch()
+        resume.check_states(folder, key=key, allow=False)
+        (folder / whole).unlink()
+        (folder / "global_step4").exists() and (folder / "global_step4").rmdir()
+    resume.check_states(*made(tmp_path, 8, ends=8), key=key, allow=False)  # no step is left to be taken
+    assert len(said) == 1
+
+
 def test_sums_of_a_log_line_are_taken_over_by_fewer_processes(tmp_path):
     for rank, loss in enumerate((1.0, 3.0)):
         meter = {"tokens": 9, "trained": 5.0, "steps": 1, "dropped": 0, "sums": {"accuracy": loss}}
@@ -162,12 +185,12 @@ def arguments(folder: Path, **changes):
     return SimpleNamespace(output_dir=str(folder), do_train=True, process_index=0, world_size=1, **changes)
 
 
-def made(folder: Path, *steps: int) -> list[Path]:
+def made(folder: Path, *steps: int, ends: int = 99) -> list[Path]:
     found = []
     for step in steps:
         made = folder / f"checkpoint-{step}"
         made.mkdir(parents=True)
-        (made / checkpoint.STATE).write_text(f'{{"global_step": {step}}}')
+        (made / checkpoint.STATE).write_text(f'{{"global_step": {step}, "max_steps": {ends}}}')
         found.append(made)
     return found
 
@@ -180,6 +203,7 @@ def test_overwriting_puts_old_checkpoints_aside_until_there_is_a_new_one(tmp_pat
     made(tmp_path, 2, 40)
     assert resume.choose(arguments(tmp_path), asked=None, overwrite=True) is None
     assert names(tmp_path) == [".replaced-checkpoint-2", ".replaced-checkpoint-40"]
+    assert len(said) == 1 and "does not go on from" in said[0] and "checkpoint-40" in said[0]
     (new,) = made(tmp_path, 2)
     checkpoint.rotate(tmp_path, new, keep=None, best=None)
     assert names(tmp_path) == ["checkpoint-2"]
@@ -334,6 +358,117 @@ def test_patience_survives_and_a_run_that_was_to_end_ends(tmp_path):
         assert furthest(weights(straight), weights(again)) == 0.0
 
 
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "lr": 30.0, "optim": "sgd", "load_best_model_at_end": True}
+BEST |= {"metric_for_best_model": "loss", "lr_scheduler_type": "constant"}
+
+
+def test_the_best_checkpoint_is_found_where_its_folder_was_moved_and_refused_where_it_is_damaged(tmp_path):
+    once = trainer_for("sft", tmp_path / "first", **OPTIONS | BEST)
+    once.train()
+    best = Path(once.state.best_model_checkpoint)
+    assert checkpoint.step_of(best) < 9 < once.state.global_step, "the last model is not the best one"
+    (tmp_path / "first").rename(tmp_path / "second")
+    again = resumed(tmp_path / "second", 10, **BEST)
+    assert furthest(weights(once), weights(again)) == 0.0
+    damaged = tmp_path / "second" / best.name / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(CheckpointError, match=f"load_best_model_at_end: {damaged.parent} is damaged: {damaged.name}"):
+        resumed(tmp_path / "second", 10, **BEST)
+    shutil.rmtree(damaged.parent)
+    last = resumed(tmp_path / "second", 12, **BEST)
+    assert furthest(weights(once), weights(last)) > 1e-3, "the model of the last step"
+
+
+def plans(**keys) -> dict:
+    """An optimiser by the keys that ask for it, as a run would be given it."""
+    given = {key: keys.pop(key) for key in list(keys) if not key.startswith(("use_", "galore_", "apollo_", "badam_"))}
+    configs = {name: find("optim", name).Config for name in ("muon", "galore", "apollo", "badam", "adam_mini")}
+    chosen = {n: c(**{k: v for k, v in keys.items() if k in c.__dataclass_fields__}) for n, c in configs.items()}
+    arguments = {"learning_rate": 1e-2, "optim": "adamw_torch", "use_cpu": True, "report_to": "none"} | given
+    task = Task(transformers.TrainingArguments(output_dir="unused", **arguments), adapter=False)
+    return {"optimizer_cls_and_kwargs": choose(chosen, task)}
+
+
+OPTIMISERS = {
+    "muon": ("torch", {"use_muon": True}),
+    "galore": ("galore_torch", {"use_galore": True, "galore_rank": 4, "galore_update_interval": 2}),
+    "apollo": ("apollo_torch", {"use_apollo": True, "apollo_rank": 4, "apollo_update_interval": 2}),
+    "badam": ("badam", {"use_badam": True, "badam_switch_interval": 2}),
+    "adam_mini": ("adam_mini", {"use_adam_mini": True}),
+    "schedule_free": ("schedulefree", {"optim": "schedule_free_adamw", "warmup_steps": 2}),
+    "8 bit": ("bitsandbytes", {"optim": "adamw_bnb_8bit"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.filterwarnings("ignore:BAdam expect", "ignore:This implementation of AdamW")
+def test_every_optimiser_goes_on_and_leaves_steps_out(tmp_path, said, name):
+    """Under a schedule, from the middle; a step that is left out changes neither a weight nor a state."""
+    package, keys = OPTIMISERS[name]
+    pytest.importorskip(package)
+    own = {} if "optim" in keys else plans(**keys)
+    options = {"dtype": torch.float32, "num_train_epochs": 1, **(keys if "optim" in keys else {})}
+
+    def prepare(trainer):
+        if name == "schedule_free":
+            trainer.add_callback(Average())
+
+    def built():
+        trainer = trainer_for("sft", tmp_path, own=own | {"skip_bad_steps": 1}, **OPTIONS | options)
+        prepare(trainer)
+        return trainer
+
+    once = built()
+    once.train()
+    again = built()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert furthest(weights(once), weights(again)) == 0.0 and said == []
+
+    skips, seen = built(), {}
+    ask = skips.ask
+
+    def spoil(model, batch):
+        loss, logs = ask(model, batch)
+        return loss * (float("nan") if skips.state.global_step == 2 else 1), logs
+
+    def look(state):
+        seen[state.global_step] = [*weights(skips).values(), *tensors(skips.optimizer.state_dict())]
+
+    skips.ask = spoil
+    at(skips, "on_step_end", look)
+    skips.train()
+    assert len(said) == 1 and "left out" in said[0]
+    same = [all(map(torch.equal, seen[step], seen[step + 1])) for step in (1, 2, 3)]
+    assert same == [False, True, False]
+
+
+def tensors(state) -> list[torch.Tensor]:
+    """All numbers of a nest, but the learning rate, which goes on."""
+    if isinstance(state, torch.Tensor):
+        return [state.detach().clone()]
+    if isinstance(state, dict):
+        return [t for key, value in state.items() if key not in ("lr", "rates", "scheduled_lr") for t in tensors(value)]
+    if isinstance(state, list | tuple):
+        return [t for value in state for t in tensors(value)]
+    return [torch.tensor(state)] if isinstance(state, int | float) and state == state else []
+
+
+def test_tensorboard_goes_on_where_it_wrote_and_shows_no_step_twice(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"report_to": "tensorboard", "logging_steps": 1, "num_train_epochs": 1}
+    once = trainer_for("sft", tmp_path, **OPTIONS | options)
+    once.train()
+    again = resumed(tmp_path, 3, **options)
+    (folder,) = (tmp_path / "runs").iterdir()
+    found = EventAccumulator(str(folder)).Reload()
+    shown = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6] and len(list(folder.iterdir())) == 2
+    logged = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
+    assert [loss for _, loss in shown] == pytest.approx(logged)
+
+
 @pytest.mark.parametrize("accumulate, seen", [(4, 3), (1, 3)])
 def test_steps_of_another_size_go_on_where_the_data_were_left(tmp_path, accumulate, seen):
     """Two rows a step become four or one: every row of both epochs is trained once, up to one step's rows."""
@@ -352,12 +487,12 @@ def test_steps_of_another_size_go_on_where_the_data_were_left(tmp_path, accumula
     assert again.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9), "the rate ends where it should"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_rate_follows_its_closed_form_over_a_resume_and_packed_rows(tmp_path, packed):
+@pytest.mark.parametrize("packed, accumulate, total", [(False, 1, 24), (False, 4, 6), (True, 1, 10), (True, 4, 4)])
+def test_the_rate_follows_its_closed_form_over_a_resume_and_packed_rows(tmp_path, packed, accumulate, total):
     import math
 
-    items, total = items_for(objective_of("sft"), 12), 10 if packed else 24
-    options = {"items": items, "layout": "packed" if packed else "padded", **OPTIONS, "accumulate": 1}
+    items = items_for(objective_of("sft"), 12)
+    options = {"items": items, "layout": "packed" if packed else "padded", **OPTIONS, "accumulate": accumulate}
     options["save_steps"] = total // 2 + 1
 
     def bundled(trainer):

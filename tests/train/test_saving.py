@@ -210,6 +210,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, said
     assert checkpoint.last_whole(tmp_path) == tmp_path / "checkpoint-4"
     assert len(said) == 1 and words in said[0] and "checkpoint-6 is damaged" in said[0]
     assert (tmp_path / "damaged-checkpoint-6").is_dir(), "nothing is thrown away"
+    assert "The checkpoint before it is checkpoint-4" in said[0]
+    for step in (2, 4):
+        harm(tmp_path / f"checkpoint-{step}" / name)
+    assert checkpoint.last_whole(tmp_path) is None and "There is no checkpoint before it" in said[-1]
 
 
 def test_damaged_weights_are_refused_by_name_where_they_are_loaded(tmp_path):
