@@ -118,3 +118,41 @@ def test_the_dialect_is_read_as_it_is_written_and_saved(mine, tokenizer):
     talk = [{"role": "user", "content": asked.content}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     served = tokenizer.apply_chat_template(talk, tools=[{"name": "add"}], tokenize=False)
     assert served == tokenizer.decode(source + said)
+
+
+def test_the_optimiser_moves_by_signs(mine):
+    import torch
+    import transformers
+    from tests.conftest import build_model
+
+    from luthier.core.errors import ConfigError
+    from luthier.optim._task import Task
+    from luthier.run import resolve
+    from luthier.train import optimiser
+
+    run = resolve({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "use_signum": True})
+    args = transformers.TrainingArguments(output_dir="o", report_to="none", use_cpu=True, learning_rate=0.25)
+    factory, settings = optimiser.choose(run.optim, Task(args, adapter=False))
+    model = build_model("llama")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    made = factory()(model, **settings)
+    for weight in model.parameters():
+        weight.grad = torch.linspace(-1, 1, weight.numel()).view_as(weight)
+    made.step()
+    for name, weight in model.named_parameters():
+        signs = torch.linspace(-1, 1, weight.numel()).view_as(weight).sign()
+        torch.testing.assert_close(weight.detach(), before[name] - 0.25 * signs)
+    args.weight_decay = 0.1
+    with pytest.raises(ConfigError, match="use_signum: knows no weight_decay"):
+        optimiser.choose(run.optim, Task(args, adapter=False))
+
+
+def test_the_quantisation_leaves_down_projections_whole(mine, model_folder):
+    pytest.importorskip("bitsandbytes")
+    from luthier.model.load import ModelConfig, load_model
+    from luthier.model.quantise import QuantConfig
+
+    quant = QuantConfig(quantization_bit=8, quantization_method="careful")
+    model = load_model(ModelConfig(model_name_or_path=str(model_folder)), quant=quant)
+    kinds = {name.split(".")[-1]: type(module).__name__ for name, module in model.named_modules()}
+    assert (kinds["up_proj"], kinds["down_proj"], kinds["lm_head"]) == ("Linear8bitLt", "Linear", "Linear")
