@@ -20,6 +20,9 @@ from luthier.core.types import Path as TokenPath
 from luthier.data import cache
 from luthier.data.encode import prepare
 from luthier.data.source import DataConfig
+from luthier.data.template import TemplateConfig, make_renderer
+from luthier.objectives.sft import Sft
+from tests.conftest import build_tokenizer
 
 
 class Vocabulary:
@@ -643,3 +646,29 @@ def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path):
     )
     renderer = make_renderer(TemplateConfig(template="chatml"), build_tokenizer())
     assert len(prepare(data, Sft(), renderer, cutoff_len=50, seed=0).train) == 1
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "openai"])
+def test_a_conversation_that_ends_with_the_user_trains_what_the_model_said_before(tmp_path, form):
+    """Nothing is learnt of the last words, so that the row is as if they were not there; alone they are no row."""
+    who = {"sharegpt": ("conversations", "from", "value", "human", "gpt")}.get(form)
+    column, role, text, user, model = who or ("messages", "role", "content", "user", "assistant")
+    whole = [{role: user, text: "one"}, {role: model, text: "two"}]
+    rows = [whole + more for more in ([], [{role: user, text: "three"}], [{role: user, text: "x"}] * 2)]
+    rows.append([{role: user, text: "alone"}])
+    lines(tmp_path / "a.jsonl", [{column: row} for row in rows])
+    config = DataConfig(dataset=str(tmp_path / "a.jsonl"), data_cache_dir=str(tmp_path / "cache"), max_bad_rows=0.5)
+    renderer = make_renderer(TemplateConfig(template="chatml"), build_tokenizer())
+    found = prepare(config, Sft(), renderer, cutoff_len=64, seed=0)
+    (first,), *others = [found.train[i][0].paths for i in range(len(found.train))]
+    assert [other.ids for (other,) in others] == [first.ids] * 2
+    assert all(other.weights == first.weights for (other,) in others)
+    assert found.report.total.bad_rows == 1 and "brings no answer, the stage needs 1" in found.report.total.bad
+
+
+def test_a_wrong_name_of_the_answers_does_not_train_the_history(tmp_path):
+    lines(tmp_path / "a.jsonl", [{"instruction": "q", "outptu": "a", "history": [["one", "two"]]}])
+    config = DataConfig(dataset=str(tmp_path / "a.jsonl"), data_cache_dir=str(tmp_path / "cache"))
+    renderer = make_renderer(TemplateConfig(template="chatml"), build_tokenizer())
+    with pytest.raises(DataError, match="There is no column 'output'. Did you mean 'outptu'"):
+        prepare(config, Sft(), renderer, cutoff_len=64, seed=0)

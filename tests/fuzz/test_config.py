@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier import schema
-from luthier.cli import parse_command
+from luthier.cli import main, parse_command
 from luthier.core.compat import REFUSED, RENAMED
 from luthier.core.errors import LuthierError
 from luthier.run import Run, resolve
@@ -96,3 +98,25 @@ def test_command_lines(words):
     except LuthierError:
         return
     survives(command.config if isinstance(command.config, dict) else BASE, command.overrides)
+
+
+SOUND = CONFIGS.map(lambda c: yaml.safe_dump(BASE | c, allow_unicode=True))
+LINES = st.lists(st.tuples(NAMES, TEXTS), max_size=4).map(
+    lambda pairs: yaml.safe_dump(BASE) + "".join(f"{key}: {text}\n" for key, text in pairs)
+)
+
+
+@fuzz
+@given(mess(SOUND | LINES), st.sampled_from([["check", "--config-only", "--json"], ["check", "--config-only"]]))
+def test_the_command_itself(raw, command):
+    """It ends with 0 and what was asked for, or with 2 and one message; never with a traceback."""
+    with open("run.yaml", "wb") as file:
+        file.write(raw)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([command[0], "run.yaml", *command[1:]])
+    assert code in (0, 2) and "Traceback" not in err.getvalue()
+    if code == 2:
+        assert "error: " in err.getvalue() and not out.getvalue()
+    elif "--json" in command:
+        assert isinstance(json.loads(out.getvalue()), dict)

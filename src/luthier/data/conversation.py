@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from luthier.core.types import Answer, Example, Message
@@ -41,6 +42,18 @@ def conversation(
     elif answered:
         answers = (Answer((_spoken(turns.pop(), "response"),), _liked(row, columns)),)
     return Example(tuple(turns), answers, system, tools_text(row, columns))
+
+
+def answered(example: Example) -> Example:
+    """A conversation that ends with words to the model, up to the last of its own: nothing is learnt of what follows.
+
+    As it is, where it has an answer already or the model says nothing in it.
+    """
+    spoken = [nth for nth, message in enumerate(example.prompt) if message.role in RESPONSES and message.content]
+    if example.answers or not spoken:
+        return example
+    *before, last = example.prompt[: spoken[-1] + 1]
+    return replace(example, prompt=tuple(before), answers=(Answer((last,)),))
 
 
 def tools_text(row: Mapping[str, Any], columns: Columns) -> str:

@@ -24,6 +24,7 @@ from luthier.core.objective import Objective
 from luthier.core.registry import find
 from luthier.core.types import Encoded, Example
 from luthier.data.cache import Printed, interactive
+from luthier.data.conversation import answered
 from luthier.data.files import File, Row
 from luthier.data.groups import PLACE, Groups
 from luthier.data.processor_template import Seeing
@@ -33,6 +34,10 @@ from luthier.data.store import ITEMS, Origin, supervised, table, write
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+CHATS = ("openai", "sharegpt")
+"""Formats whose rows are conversations, which may end with anybody's turn."""
 
 
 @runtime_checkable
@@ -88,6 +93,8 @@ class Job:
             raise BadRow("lists and objects are nested too deep") from None
         self._check_images(row, example)
         fewest, most = self.objective.answers
+        if fewest == 1 and self.source.format in CHATS and self.columns.name("kto_tag") is None:
+            example = answered(example)
         if len(example.answers) < fewest:
             raise BadRow(f"brings {_answers(len(example.answers))}, the stage needs {fewest}")
         if most is not None and len(example.answers) > most:
