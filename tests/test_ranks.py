@@ -80,6 +80,16 @@ def test_who_loses_the_others_keeps_it_short(rank, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_who_never_reached_the_others_is_told_of_the_interface(rank, capsys):
+    def unreached():
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused, [127.0.0.1]:2")
+
+    rank(0)
+    assert ranks.guarded(unreached) == 1
+    said = capsys.readouterr().err
+    assert "rank 0 cannot connect" in said and "[127.0.0.1]:2" in said and "GLOO_SOCKET_IFNAME" in said
+
+
 def test_a_defect_is_shown_with_its_rank(rank, capsys):
     def defect():
         return 1 / 0

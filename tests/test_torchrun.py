@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from luthier import torchrun
@@ -153,6 +155,34 @@ def test_a_third_signal_waits_for_nobody(start):
     assert start(SAVES.format(pause=50).replace("signal.signal(signal.SIGINT, stop)", "")) == 143
     assert time.monotonic() - began < 30
     assert not (start.folder / "0.saved").exists()
+
+
+class _Probe(socket.socket):
+    """Says that it would send from 10.77.0.2, and sends nothing."""
+
+    def connect(self, address):
+        self.asked = address
+
+    def getsockname(self):
+        return ("127.0.0.1" if self.asked[0] == "localhost" else "10.77.0.2", 4711)
+
+
+@pytest.mark.parametrize(
+    "own, master, expected",
+    [
+        ("127.0.1.1", "10.77.0.1", "ens5"),
+        ("127.0.1.1", "localhost", None),  # two groups of processes of one machine
+        ("10.77.0.2", "10.77.0.1", None),  # gloo finds the way by itself
+    ],
+)
+def test_the_interface_that_leads_to_the_other_nodes(monkeypatch, own, master, expected):
+    def card(address):
+        return [SimpleNamespace(address="fe80::1"), SimpleNamespace(address=address)]
+
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": card("127.0.0.1"), "ens5": card("10.77.0.2")})
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: own)
+    monkeypatch.setattr(socket, "socket", _Probe)
+    assert torchrun.interface_to(master) == expected
 
 
 def test_nodes_that_cannot_meet(start):

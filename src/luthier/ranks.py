@@ -29,6 +29,8 @@ LOST = (
     "Timed out waiting",
 )
 """What gloo and NCCL say when another process is gone."""
+UNREACHED = ("connectFullMesh failed", "timed out connecting", "failed to connect")
+"""What gloo says when processes of one run have heard of each other and cannot connect."""
 SPOKEN = "luthier-first-failure"
 _PR_SET_PDEATHSIG = 1
 
@@ -103,6 +105,14 @@ def guarded(main: Callable[[], int]) -> int:
         return main()
     except Exception as error:
         if not speaks_first(1):
+            return 1
+        if any(sign in str(error) for sign in UNREACHED):
+            print(
+                f"error: rank {rank()} cannot connect to the other processes: {error}. Set GLOO_SOCKET_IFNAME (with "
+                "GPUs also NCCL_SOCKET_IFNAME) on every node to the network interface that leads to the others; `ip "
+                "-br addr` lists them.",
+                file=sys.stderr,
+            )
             return 1
         sign = next((sign for sign in LOST if sign in str(error)), None)
         if sign is not None:

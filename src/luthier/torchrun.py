@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -112,6 +113,35 @@ def devices() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
+def interface_to(address: str) -> str | None:
+    """The network interface that leads to `address`, where this machine's own name leads nowhere but to itself.
+
+    gloo offers other nodes the address of the machine's name, and on many machines that is 127.0.x.x.
+    """
+    import psutil
+
+    if not _own_address().startswith("127."):
+        return None
+    try:
+        # Nothing is sent: the system says which of its addresses it would send from.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            ours = probe.getsockname()[0]
+    except OSError:
+        return None
+    if ours.startswith("127."):
+        return None
+    known = psutil.net_if_addrs().items()
+    return next((name for name, places in known if any(place.address == ours for place in places)), None)
+
+
+def _own_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
 def _signals() -> list[str]:
     names = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"]
     return [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
@@ -125,6 +155,9 @@ def _prepared(plan: Plan, *, quiet: bool) -> Iterator[None]:
     if not devices():
         # torchrun would give each process one thread; on a CPU they share the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.processes)))
+    interface = None if plan.nodes == "1" else interface_to(str(plan.master_addr))
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     before = logging.root.manager.disable
     if quiet:
         logging.disable(logging.ERROR)
