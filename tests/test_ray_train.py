@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from luthier import cli, ray_train
+from luthier import cli, ray_train, ray_worker
 from luthier.core.errors import ConfigError, DataError
 from luthier.fit import Result
 from luthier.launch import LaunchConfig
@@ -50,6 +50,20 @@ def test_arguments_of_ray():
     assert found["address"] == "auto" and found["include_dashboard"] is True
     assert ray_train.init_arguments(LaunchConfig())["include_dashboard"] is False
     assert ray_train.ENVIRONMENT["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [({"addres": "auto"}, "Unknown keyword argument"), ({"address": "nowhere://x"}, "parsed from Address")],
+)
+def test_what_ray_does_not_take_is_said(asked, said):
+    pytest.importorskip("ray")
+    with (
+        pytest.raises(ConfigError, match="ray_init_kwargs") as caught,
+        ray_train._cluster(LaunchConfig(ray_init_kwargs=asked)),
+    ):
+        pass
+    assert said in str(caught.value)
 
 
 def test_arguments_of_the_trainer(tmp_path, monkeypatch):
@@ -131,10 +145,10 @@ def worker(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "out" / "ray"
-    ray_train._clear(folder)
+    ray_worker.clear(folder)
     settings = {"config": {}, "overrides": [], "cwd": str(tmp_path), "folder": str(folder), "started": 1.0}
-    monkeypatch.setattr(ray_train, "resolve", lambda *args, **options: None)
-    monkeypatch.setattr(ray_train, "set_up", lambda: None)
+    monkeypatch.setattr(ray_worker, "resolve", lambda *args, **options: None)
+    monkeypatch.setattr(ray_worker, "set_up", lambda: None)
 
     def work(outcome):
         def fit(run):
@@ -142,8 +156,8 @@ def worker(tmp_path, monkeypatch):
                 raise outcome
             return Result(folder, {}, outcome)
 
-        monkeypatch.setattr(ray_train, "fit", fit)
-        return ray_train._work(settings)
+        monkeypatch.setattr(ray_worker, "fit", fit)
+        return ray_worker.work(settings)
 
     work.folder = folder
     return work
@@ -185,11 +199,17 @@ def test_what_a_restart_may_mend_is_left_to_ray(worker, error):
     assert not list((worker.folder / "refused").iterdir())
 
 
+def test_who_only_missed_a_worker_that_refused_is_still(worker, monkeypatch):
+    worker(DataError("row 7"))
+    monkeypatch.setenv("RANK", "0")
+    assert worker(RuntimeError("Connection closed by peer")) is None
+
+
 def test_word_of_an_earlier_run_is_forgotten(worker):
     worker(DataError("old"))
     (worker.folder / "stop").write_text("15")
-    ray_train._clear(worker.folder)
-    assert [path.name for path in worker.folder.iterdir()] == ["refused"] and not ray_train._refusals(worker.folder)
+    ray_worker.clear(worker.folder)
+    assert [path.name for path in worker.folder.iterdir()] == ["refused"] and not ray_worker.refusals(worker.folder)
 
 
 def test_who_was_lost():

@@ -2,8 +2,6 @@
 
 Ray Train starts the workers, tells each its rank and connects them; a worker then does what `luthier train` does. The
 checkpoints of `output_dir` are what a restarted run goes on from, so every node must see that folder under one name.
-Driver and workers talk through files in `output_dir/ray`: a worker leaves word of what no restart can mend, and the
-driver of a signal that asks the run to stop.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -25,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import ranks
 from luthier.core.errors import ConfigError
-from luthier.core.log import get_logger, set_up
-from luthier.fit import fit
+from luthier.core.log import get_logger
+from luthier.ray_worker import STOP, clear, refusals, work
 from luthier.run import Run, resolve
-from luthier.train.resume import STARTED
 
 if TYPE_CHECKING:
     from luthier.cli import Command
@@ -38,8 +34,6 @@ log = get_logger("ray")
 
 FOLDER = "ray"
 """In output_dir: what driver and workers leave for one another, and Ray's own files."""
-REFUSED = "refused"
-STOP = "stop"
 GRACE = 10.0
 """Seconds that Ray's processes have to end."""
 POLL = 0.2
@@ -73,7 +67,7 @@ def main(command: Command) -> int:
     import ray
 
     folder = Path(run.training["output_dir"]).expanduser().absolute() / FOLDER
-    _clear(folder)
+    clear(folder)
     with _cluster(run.launch):
         each = share(run.launch, ray.cluster_resources(), cpu=bool(run.training.get("use_cpu")))
         workers = run.launch.ray_num_workers
@@ -90,7 +84,13 @@ def _cluster(launch: LaunchConfig) -> Iterator[None]:
 
     here = psutil.Process()
     before = set(here.children(recursive=True))
-    ray.init(**init_arguments(launch))
+    try:
+        ray.init(**init_arguments(launch))
+    except (AssertionError, ConnectionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"ray_init_kwargs: {launch.ray_init_kwargs}: ray.init says: {_reason(error)} Leave the key out to start "
+            "Ray here, or give the address of a cluster that is running."
+        ) from error
     try:
         yield
     finally:
@@ -138,15 +138,15 @@ def attend(run: Callable[[], Any], folder: Path) -> Future[Any]:
     """
     found: Future[Any] = Future()
 
-    def work() -> None:
+    def keep() -> None:
         try:
             found.set_result(run())
         except BaseException as error:
             found.set_exception(error)
 
     with _passing_on(folder / STOP):
-        threading.Thread(target=work, daemon=True, name="ray-train").start()
-        while not found.done() and not _refusals(folder):
+        threading.Thread(target=keep, daemon=True, name="ray-train").start()
+        while not found.done() and not refusals(folder):
             wait([found], timeout=POLL)
     return found
 
@@ -174,7 +174,7 @@ def _passing_on(file: Path) -> Iterator[None]:
 
 def _outcome(found: Future[Any], folder: Path, restarts: int) -> int:
     """The exit code; says why where the run failed."""
-    if words := _refusals(folder):
+    if words := refusals(folder):
         code, _, text = words[0].read_text(encoding="utf-8").partition("\n")
         print(text, file=sys.stderr)
         return int(code)
@@ -196,7 +196,7 @@ def _trainer(run: Run, command: Command, each: Mapping[str, float], folder: Path
 
     launch = run.launch
     return TorchTrainer(
-        _work,
+        work,
         train_loop_config={
             "config": _whole(command.config),
             "overrides": command.overrides,
@@ -242,59 +242,6 @@ def lost(failures: Mapping[int, Exception], count: int, restarts: int) -> str:
     own = {rank: text for rank, text in first.items() if not any(sign in text for sign in ranks.LOST)} or first
     text = "; ".join(f"rank {rank} was lost: {reason.rstrip('.')}" for rank, reason in own.items())
     return f"{text}. All start again from the last checkpoint, {count} of {restarts} times."
-
-
-def _work(settings: Mapping[str, Any]) -> int | None:
-    """What each worker does; returns the signal that stopped it. Ray has put its rank into the environment."""
-    set_up()
-    from luthier.callbacks.stop_signals import ASKED
-
-    folder = Path(settings["folder"])
-    if Path(settings["cwd"]).is_dir():
-        os.chdir(settings["cwd"])
-    # A checkpoint that is younger than the run was written by an attempt before this one.
-    os.environ |= {STARTED: str(settings["started"]), "TORCHELASTIC_RESTART_COUNT": "1", ASKED: str(folder / STOP)}
-    try:
-        return fit(resolve(settings["config"], settings["overrides"], verb="train")).stopped_by
-    except Exception as error:
-        code, text = _verdict(error)
-        if code is None:
-            raise
-        _refuse(folder, code, text)  # The driver ends the run when it reads that.
-    return None
-
-
-def _verdict(error: Exception) -> tuple[int | None, str]:
-    """Exit code and words for what would come again after a restart; None for what a restart may mend."""
-    from luthier.cli import mendable
-
-    if (text := mendable(error)) is not None:
-        return 2, f"error: {text}"
-    if isinstance(error, RuntimeError | OSError):  # of CUDA, NCCL, gloo, a network's file system
-        return None, ""
-    return 1, f"rank {ranks.rank()}:\n{''.join(traceback.format_exception(error))}"
-
-
-def _refuse(folder: Path, code: int, text: str) -> None:
-    """Leave word for the driver; it appears as a whole."""
-    unfinished = folder / REFUSED / f".{ranks.rank()}"
-    unfinished.write_text(f"{code}\n{text}", encoding="utf-8")
-    unfinished.rename(folder / REFUSED / f"{ranks.rank()}.txt")
-
-
-def _refusals(folder: Path) -> list[Path]:
-    """What workers left word of, the first one first."""
-    return sorted((folder / REFUSED).glob("[0-9]*.txt"), key=lambda file: file.stat().st_mtime_ns)
-
-
-def _clear(folder: Path) -> None:
-    """Forget what an earlier run left."""
-    shutil.rmtree(folder / REFUSED, ignore_errors=True)
-    (folder / STOP).unlink(missing_ok=True)
-    try:
-        (folder / REFUSED).mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror}).") from error
 
 
 def _whole(config: str | dict[str, Any]) -> str | dict[str, Any]:
