@@ -66,11 +66,6 @@ def renderer_of(run: Run, tokenizer: Any) -> Any:
     vision = vision_of(run, tokenizer)
     if vision is None:
         return make_renderer(run.template, tokenizer)
-    if run.layout.packing or run.layout.neat_packing or (run.objective.packs and run.layout.packing is None):
-        raise ConfigError(
-            "packing: a model that reads images gets a row for each example, since positions are its own affair. "
-            "Write packing: false."
-        )
     if run.template.template not in (None, AUTO):
         from luthier.data.slot_media import SlotMediaRenderer
 
@@ -100,20 +95,26 @@ def lay_out(
     """The rows in the layout that the run asks for, or that is cheapest; checked on the first batch, unless `late`."""
     from luthier.data.layout import collate
     from luthier.data.media_batch import MediaCollate
-    from luthier.model.sight import trains_sight
+    from luthier.model.sight import looks_ahead, trains_sight
     from luthier.train import rows
 
     vision = vision_of(run, tokenizer)
     lay: Any = collate
+    wish = layout_wish(run, sees=vision is not None)
     if vision is not None:
-        log.info("The model reads images: every example is a padded row of its own, at the positions the model gives.")
         shown = MediaCollate(vision, blank=True)([], layout="padded", pad_id=tokenizer.pad_token_id)
         # `late`: an engine cuts the weights, and its processes gather them together, whatever their rows show.
         lay = MediaCollate(vision, blank=trains_sight(setup.model, shown) or late)
+        if wish != "padded" and (late or looks_ahead(setup.model, shown)):
+            wish = "padded"
+            why = "the model's weights are cut" if late else "the tokens of an image see later ones"
+            log.warning(
+                "WARNING: every example is a padded row of its own: %s. Layout and packing have no effect.", why
+            )
     return rows.lay_out(
         examples,
         setup,
-        wish="padded" if setup.router or vision is not None else run.layout.layout,
+        wish=wish,
         lay=lay,
         batch_size=batch_size,
         pad_id=tokenizer.pad_token_id,
@@ -121,6 +122,15 @@ def lay_out(
         noisy=noisy,
         check=run.train.verify_layout and not late,
     )
+
+
+def layout_wish(run: Run, *, sees: bool) -> str:
+    """The layout a run asks for. For a model that reads images `auto` means padded rows, as its own processor makes
+    them, unless packing is asked for."""
+    if run.model.moe_aux_loss_coef:
+        return "padded"
+    asked = run.layout.layout != "auto" or run.layout.packing or run.layout.neat_packing
+    return run.layout.layout if asked or not sees else "padded"
 
 
 def load_base(run: Run, tokenizer: Any, *, dtype: Any, device: Any, seed: int = 0, sharded: bool = False) -> Any:

@@ -110,10 +110,10 @@ def skeleton(run: Run) -> nn.Module:
 
 def check(run: Run) -> list[str]:
     """The findings, one line each; raises a LuthierError for what would stop the run."""
-    from luthier.assemble import choose_optimiser
+    from luthier.assemble import choose_optimiser, layout_wish
     from luthier.data.compare import compare
     from luthier.model.adapt import count_parameters
-    from luthier.model.load import read_settings
+    from luthier.model.load import read_settings, sees
     from luthier.model.quantise import loading
     from luthier.model.tokenizer import load_tokenizer
     from luthier.preview import prepare_data
@@ -128,7 +128,7 @@ def check(run: Run) -> list[str]:
     wish = run.layout.packing
     packing = (run.objective.packs if wish is None else wish) or run.layout.neat_packing
     rows = bundle(examples, packing=packing, cutoff_len=run.layout.cutoff_len)
-    layout = "padded" if run.model.moe_aux_loss_coef else run.layout.layout
+    layout = layout_wish(run, sees=sees(read_settings(run.model)))
     choice = choose(rows, layout, args.per_device_train_batch_size, noisy=bool(args.neftune_noise_alpha))
     tokens = _largest_micro_batch(rows, choice.layout, args.per_device_train_batch_size)
     model = skeleton(run)

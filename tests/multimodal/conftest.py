@@ -1,4 +1,4 @@
-"""Tiny models of five families that read images, with their processors, and pictures drawn here."""
+"""Tiny models of six families that read images, with their processors, and pictures drawn here."""
 
 from __future__ import annotations
 
@@ -79,6 +79,30 @@ def build_idefics3(folder: Path) -> Family:
         vision_config=sight, text_config=text, scale_factor=2, image_token_id=processor.image_token_id, pad_token_id=3
     )
     torch.manual_seed(1)
+    return _saved(transformers.AutoModelForImageTextToText.from_config(config), processor, folder)
+
+
+def build_gemma3(folder: Path) -> Family:
+    """Tokens of an image see one another in both directions; the layers of the language model alternate."""
+    import torch
+    import transformers
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    build_tokenizer(extra_specials=tuple(names.values())).save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "extra_special_tokens": names}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    image, start, end = (tokenizer.convert_tokens_to_ids(name) for name in names.values())
+    pixels = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    written = TEMPLATE.replace("IMAGE", "<start_of_image>")
+    processor = transformers.Gemma3Processor(pixels, tokenizer, image_seq_length=4, chat_template=written)
+    sight = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, image_size=28,
+                                            num_attention_heads=2, patch_size=7)  # fmt: skip
+    text = transformers.Gemma3TextConfig(vocab_size=len(tokenizer), head_dim=8, sliding_window=16, **TEXT)
+    config = transformers.Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4,
+                                       image_token_index=image, boi_token_index=start, eoi_token_index=end)  # fmt: skip
+    torch.manual_seed(5)
     return _saved(transformers.AutoModelForImageTextToText.from_config(config), processor, folder)
 
 
@@ -163,6 +187,11 @@ def qwen2_5_vl(tmp_path_factory) -> Family:
 @pytest.fixture(scope="session")
 def qwen3_vl(tmp_path_factory) -> Family:
     return build_qwen3_vl(tmp_path_factory.mktemp("qwen3_vl"))
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory) -> Family:
+    return build_gemma3(tmp_path_factory.mktemp("gemma3"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from luthier.core.errors import ConfigError, DataError, TemplateError
 from luthier.core.types import Answer, Example, Message
+from luthier.data.layout import LAYOUTS
 from luthier.data.media import MediaConfig
 from luthier.data.media_batch import MediaCollate
 from luthier.data.processor import Vision
@@ -19,6 +22,7 @@ from luthier.data.slot_media import SlotMediaRenderer
 from luthier.data.source import BadRow
 from luthier.data.template import TemplateConfig, find_template
 from luthier.model.policy import PolicySetup
+from luthier.model.sight import looks_ahead
 from luthier.model.verify import verify
 from luthier.objectives.sft import Sft, SftConfig
 
@@ -62,6 +66,11 @@ def theirs(family, pictures, each):
     )
 
 
+def layouts_of(family):
+    """Rows of several examples take a mask of ours, in which image tokens do not see later ones."""
+    return ("padded",) if "Gemma3" in type(family.model).__name__ else LAYOUTS
+
+
 TWO = example(
     ("user", "<image>What is this?", "red.png"),
     ("assistant", "A disc."),
@@ -101,20 +110,22 @@ def test_the_prompt_of_inference_is_that_of_training(family, pictures):
     assert family.processor.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"], indirect=True)
 def test_loss_and_gradients_are_those_of_transformers(family, pictures):
-    """Three rows of different lengths, one without images, in one padded batch; each alone through the model's own
-    forward with labels."""
+    """Rows of different lengths in one batch, one without images, two answers to one conversation of three images; each
+    alone through the model's own forward with labels."""
     vision = vision_of(family, pictures)
     one = example(("user", "Hello <image>", "blue.png"), answer="Blue, I say, and long.")
-    rows = [TWO, one, example(("user", "Hi"))]
-    items = [(encode(vision, each)[0], str(nth)) for nth, each in enumerate(rows)]
+    rows = [TWO, replace(TWO, answers=example(answer="It is blue.").answers), one, example(("user", "Hi"))]
+    encoded = [encode(vision, each)[0] for each in rows]
+    pair = replace(encoded[0], paths=(*encoded[0].paths, *encoded[1].paths))
+    items = [(each, str(nth)) for nth, each in enumerate([pair, *encoded[2:]])]
     model = copy.deepcopy(family.model).double().train()
-    total = sum(sum(weight > 0 for weight in path.weights) for encoded, _ in items for path in encoded.paths)
+    total = sum(sum(weight > 0 for weight in path.weights) for each, _ in items for path in each.paths)
     wanted, told = torch.zeros((), dtype=torch.float64), 0.0
-    for each, (encoded, _) in zip(rows, items):
+    for each, ours in zip(rows, encoded):
         _, made = theirs(family, pictures, each)
-        labels = torch.tensor([[t if w else -100 for t, w in zip(encoded.paths[0].ids, encoded.paths[0].weights)]])
+        labels = torch.tensor([[t if w else -100 for t, w in zip(ours.paths[0].ids, ours.paths[0].weights)]])
         inputs = {name: value.double() if value.is_floating_point() else value for name, value in made.items()}
         out = model(**inputs, labels=labels, num_items_in_batch=total)
         told += float(out.loss.detach())  # in float32, whatever the model is in
@@ -122,24 +133,31 @@ def test_loss_and_gradients_are_those_of_transformers(family, pictures):
     model.zero_grad()
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert any("vision" in name or "visual" in name for name in gradients)
 
-    setup = PolicySetup(model)
+    setup, computed = PolicySetup(model), {}
+    lay = MediaCollate(pickle.loads(pickle.dumps(vision)))
     try:
-        batch = MediaCollate(pickle.loads(pickle.dumps(vision)))(items, layout="padded", pad_id=3)
-        assert verify(setup, batch).difference < 1e-10
-        model.zero_grad()
-        loss, _ = Sft(SftConfig()).loss(setup.bind(), batch)
-        loss.backward()
+        padded = lay(items, layout="padded", pad_id=3)
+        for layout in layouts_of(family):
+            batch = lay(items, layout=layout, pad_id=3)
+            computed[layout] = int(torch.isin(batch.ids, torch.tensor(vision.token_ids)).sum())
+            assert verify(setup, batch, padded).difference < 1e-10
+            model.zero_grad()
+            loss, _ = Sft(SftConfig()).loss(setup.bind(), batch)
+            loss.backward()
+            assert abs(loss.item() - wanted.item()) < 1e-10 and abs(loss.item() - told) < 1e-5
+            for name, parameter in model.named_parameters():
+                if name in gradients:
+                    # Norms are computed in float32, and so are the gradients that pass them.
+                    torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-6, atol=5e-8)
     finally:
         setup.close()
-    assert abs(loss.item() - wanted.item()) < 1e-10 and abs(loss.item() - told) < 1e-5
-    assert any("vision" in name or "visual" in name for name in gradients)
-    for name, parameter in model.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+    # Of seven images four are left where the two answers share theirs.
+    assert len(computed) == 1 or computed["padded"] == computed["packed"] > computed["shared"]
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"], indirect=True)
 def test_a_blank_image_changes_no_number(family, pictures):
     """Rows of text alone: loss and gradients are what they are without it, and those of what sees are zero."""
     vision = vision_of(family, pictures)
@@ -148,14 +166,15 @@ def test_a_blank_image_changes_no_number(family, pictures):
     setup = PolicySetup(copy.deepcopy(family.model).double())
     found = {}
     try:
-        for blank in (False, True):
-            batch = MediaCollate(vision, blank=blank)(items, layout="padded", pad_id=3)
+        for blank, layout in product((False, True), layouts_of(family)):
+            batch = MediaCollate(vision, blank=blank)(items, layout=layout, pad_id=3)
             assert ("pixel_values" in batch.media) == blank
-            assert verify(setup, batch).difference < 1e-10
+            padded = batch if layout == "padded" else MediaCollate(vision)(items, layout="padded", pad_id=3)
+            assert verify(setup, batch, padded).difference < 1e-10
             setup.model.zero_grad()
             loss, _ = Sft(SftConfig()).loss(setup.bind(), batch)
             loss.backward()
-            found[blank] = loss.item(), {name: p.grad for name, p in setup.model.named_parameters()}
+            found[blank, layout] = loss.item(), {name: p.grad for name, p in setup.model.named_parameters()}
             with torch.no_grad():
                 empty = MediaCollate(vision, blank=blank)([], layout="padded", pad_id=3)
                 assert len(setup.bind().logps(empty)) == 0
@@ -163,16 +182,20 @@ def test_a_blank_image_changes_no_number(family, pictures):
         assert len(shown.ids) == 1, "what shows images needs no other"
     finally:
         setup.close()
-    assert found[False][0] == pytest.approx(found[True][0], abs=1e-12)
-    seen = 0
-    for name, gradient in found[True][1].items():
-        without = found[False][1][name]
-        if without is not None:
-            torch.testing.assert_close(gradient, without, rtol=0, atol=1e-12)
-        elif gradient is not None:
-            assert not gradient.any()
-            seen += "vision" in name or "visual" in name
-    assert seen > 5
+    for layout in layouts_of(family):
+        (loss, plain), (same, gradients) = found[False, layout], found[True, layout]
+        assert loss == pytest.approx(same, abs=1e-12)
+        new = {name for name, gradient in gradients.items() if gradient is not None and plain[name] is None}
+        assert not any(gradients[name].any() for name in new)
+        assert sum("vision" in name or "visual" in name for name in new) > 5
+        for name in gradients.keys() - new:
+            torch.testing.assert_close(gradients[name], plain[name], rtol=1e-6, atol=5e-8)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"], indirect=True)
+def test_whether_image_tokens_see_later_ones_is_found_out(family, pictures):
+    shown = MediaCollate(vision_of(family, pictures), blank=True)([], layout="padded", pad_id=3)
+    assert looks_ahead(family.model.train(), shown) == (layouts_of(family) != LAYOUTS)
 
 
 def test_an_image_that_would_be_cut_is_refused_with_a_count(llava, pictures):

@@ -11,6 +11,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Alone:
+    """The answers of a batch, each in a padded row of its own: for models that place tokens by more than order."""
+
+    arguments: Mapping[str, Tensor]
+    """What the model's `get_rope_index` is asked with."""
+    place: Tensor
+    """int64 [X] flat index of each token in those rows, and `node`, where the same token stands in the batch."""
+    node: Tensor
+    """int64 [X]"""
+
+    def to(self, device: torch.device | str) -> Alone:
+        """The same with every tensor on `device`."""
+        arguments = {name: value.to(device) for name, value in self.arguments.items()}
+        return Alone(arguments, self.place.to(device), self.node.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch, in whatever layout; objectives cannot tell which.
 
@@ -59,6 +76,8 @@ class Batch:
     """[G] what each group's `Encoded.extra` says."""
     media: Mapping[str, Tensor] = field(default_factory=dict)
     """What the model's forward call is given beside ids: what its processor made of the images in the rows."""
+    alone: Alone | None = None
+    """Where rows that are not padded show images."""
     hidden: Tensor | None = None
     """[E, H] hidden states at the supervised tokens, where they were computed beforehand (see `model/head_only.py`)."""
     tokens: int = 0
@@ -136,7 +155,8 @@ class Batch:
         columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self.columns.items()}
         media = {name: value.to(device, non_blocking=non_blocking) for name, value in self.media.items()}
         aside = None if self.aside is None else self.aside.to(device, non_blocking)
-        return replace(self, **moved, columns=columns, media=media, aside=aside)
+        alone = None if self.alone is None else self.alone.to(device)
+        return replace(self, **moved, columns=columns, media=media, alone=alone, aside=aside)
 
     def with_totals(self, totals: Mapping[str, float], progress: float = 1.0) -> Batch:
         """The same batch, told how many units the whole optimiser step holds, and how far the run is."""

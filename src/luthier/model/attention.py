@@ -108,23 +108,29 @@ def install(model: nn.Module) -> str:
     return NAME
 
 
-def forward_arguments(model_config: Any, implementation: str, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+def forward_arguments(
+    model_config: Any, implementation: str, plan: Plan, dtype: torch.dtype, *, explicit: bool = False
+) -> dict[str, Any]:
     """The mask-related keyword arguments of the model's forward call.
 
     Padded rows need none: that is what every model computes by itself. Else positions and a mask go together; a 4-D
     mask is returned as it is by transformers' mask builders, which also keeps them from guessing packed documents out
-    of the positions.
+    of the positions. explicit: give the language model its mask, and no plan that other parts would find.
     """
     if plan.kind == "plain":
         return {}
-    if implementation == NAME:
+    if implementation == NAME and not explicit:
         placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.end.device)
         return {"position_ids": plan.position, "attention_mask": placeholder, "luthier_plan": plan}
     kinds = getattr(model_config, "layer_types", None)
     window = getattr(model_config, "sliding_window", None)
+
+    def written(sees: Tensor) -> Tensor:
+        return sees if implementation == NAME else _additive(sees, dtype)
+
     masks = {
-        "full_attention": lambda: _additive(plan.mask(None), dtype),
-        "sliding_attention": lambda: _additive(plan.mask(window), dtype),
+        "full_attention": lambda: written(plan.mask(None)),
+        "sliding_attention": lambda: written(plan.mask(window)),
     }
     if not kinds:
         mask = masks["sliding_attention" if window else "full_attention"]()

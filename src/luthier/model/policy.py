@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from luthier.core.batch import Batch
+from luthier.core.batch import Alone, Batch
 from luthier.core.errors import ModelError
 from luthier.model import attention
 
@@ -201,10 +201,10 @@ class ModelPolicy:
             setup = self._setup
             plan = attention.choose(batch, backend=setup.backend)
             dtype = setup.model.get_input_embeddings().weight.dtype
-            masks = attention.forward_arguments(setup.model.config, setup.implementation, plan, dtype)
+            masks = _masks(setup, batch, plan, dtype)
             if self._balances:
                 masks = _with_router(batch, plan, masks)
-            media = media_arguments(batch, plan, dtype)
+            media = media_arguments(batch, dtype)
             with setup.tap.opened() as tap:
                 output = self._model(input_ids=batch.ids, use_cache=False, **masks, **media)
                 hidden = tap.hidden
@@ -252,11 +252,33 @@ class ModelPolicy:
         return logp, mean, hit
 
 
-def media_arguments(batch: Batch, plan: attention.Plan, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model's processor made of the images, as its forward call takes it. Raises ModelError for rows that are
-    not padded: where an image stands in a row, and its positions, are the model's own affair."""
-    if batch.media and plan.kind != "plain":
-        raise ModelError(f"images need padded rows, and these are {batch.layout}. Set layout: padded.")
+def _masks(setup: PolicySetup, batch: Batch, plan: attention.Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """Forward arguments that say who sees whom and where tokens are; what sees images attends in its own way."""
+    config, shows = setup.model.config, bool(batch.media)
+    masks = attention.forward_arguments(
+        config.get_text_config() if shows else config, setup.implementation, plan, dtype, explicit=shows
+    )
+    if batch.alone is not None:
+        masks["position_ids"] = _own_positions(setup.model, batch, batch.alone)
+    return masks
+
+
+def _own_positions(model: nn.Module, batch: Batch, alone: Alone) -> Tensor:
+    """int64 [3, R, T] (M-RoPE) as the model would place the tokens of each answer alone; [R, T] if that is by order.
+
+    Models of transformers that place tokens by more have a method `get_rope_index`.
+    """
+    asked = next((part for part in model.modules() if "get_rope_index" in dir(type(part))), None)
+    if asked is None:
+        return batch.position
+    found, _ = asked.get_rope_index(**alone.arguments)
+    position = batch.position.expand(3, -1, -1).clone()
+    position.view(3, -1)[:, alone.node] = found.reshape(3, -1)[:, alone.place]
+    return position
+
+
+def media_arguments(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model's processor made of the images, as its forward call takes it."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.media.items()}
 
 

@@ -1,15 +1,16 @@
-"""What sees, trained: which of its weights can be, and whether any of them are."""
+"""What a model that reads images does with them: which weights of what sees can be trained, and who sees whom."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from luthier.core.batch import Batch
 from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
-from luthier.model import attention, heads
+from luthier.model import heads
 from luthier.model.modality import part_of
 from luthier.model.policy import media_arguments
 
@@ -33,7 +34,7 @@ def trains_sight(model: nn.Module, shown: Batch) -> bool:
         return False
     embedded = model.get_input_embeddings().weight
     shown = shown.to(embedded.device)
-    media = media_arguments(shown, attention.choose(shown), embedded.dtype)
+    media = media_arguments(shown, embedded.dtype)
     reached = _reached(model(input_ids=shown.ids, use_cache=False, **media).logits)
     lost = [weight for weight in sight if id(weight) not in reached]
     for weight in lost:
@@ -44,6 +45,28 @@ def trains_sight(model: nn.Module, shown: Batch) -> bool:
         size = f"{sum(weight.numel() for weight in lost):,}"
         log.info("%d weights of what sees (%s parameters) are reached by no image; they stand still.", len(lost), size)
     return len(lost) < len(sight)
+
+
+def looks_ahead(model: nn.Module, shown: Batch) -> bool:
+    """Whether tokens of an image see later ones, as in Gemma 3, where they see one another. shown: padded rows with an
+    image. Found by what the logits at each token of the first row depend on."""
+    added: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        added.append(torch.zeros_like(named["inputs_embeds"], requires_grad=True))
+        return args, {**named, "inputs_embeds": named["inputs_embeds"] + added[-1]}
+
+    decoder: Any = model.get_decoder()
+    handle = decoder.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        shown = shown.to(model.get_input_embeddings().weight.device)
+        media = media_arguments(shown, model.get_input_embeddings().weight.dtype)
+        logits = model(input_ids=shown.ids, use_cache=False, **media).logits[0]
+    finally:
+        handle.remove()
+    middle = logits.shape[0] // 2
+    (moved,) = torch.autograd.grad(logits[: middle + 1].square().sum(), added)
+    return bool(moved[0, middle + 1 :].any())
 
 
 def _reached(tensor: Tensor) -> set[int]:

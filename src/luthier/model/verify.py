@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from luthier.core.batch import Batch
-from luthier.model import attention
 from luthier.model.policy import PolicySetup, media_arguments
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -44,8 +43,11 @@ class Verdict:
 
 
 @torch.no_grad()
-def verify(setup: PolicySetup, batch: Batch) -> Verdict:
-    """Compare a batch's log-probs with those of the same answers, one at a time, through the model's own forward."""
+def verify(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Verdict:
+    """Compare a batch's log-probs with those of the same answers, one at a time, through the model's own forward.
+
+    padded: the same answers in padded rows, where some show images: which is whose cannot be told from other rows.
+    """
     model = setup.model
     # The model's own forward is causal: whether masks are honoured shows without the blocks.
     batch = replace(batch, block=None)
@@ -54,6 +56,7 @@ def verify(setup: PolicySetup, batch: Batch) -> Verdict:
     try:
         with setup.autocast():
             shared = setup.bind().logps(batch)
+            batch = batch if padded is None else padded
             rows = _rows(setup, batch) if batch.media else None
         worst, compared, tokens = 0.0, 0, 0
         for answer in range(batch.answers):
@@ -103,6 +106,6 @@ def _rows(setup: PolicySetup, batch: Batch) -> Tensor:
     whose cannot be told from here."""
     real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.end[:, :1]
     dtype = setup.model.get_input_embeddings().weight.dtype
-    media = media_arguments(batch, attention.choose(batch), dtype)
+    media = media_arguments(batch, dtype)
     with setup.autocast():
         return setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits

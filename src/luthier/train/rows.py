@@ -15,6 +15,7 @@ from luthier.core.log import get_logger
 from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.plan import Choice, choose_layout, pack
+from luthier.data.processor_template import MEDIA
 from luthier.model.policy import PolicySetup
 from luthier.model.verify import MOST_TOKENS, Verdict, verify
 from luthier.train.sampler import Bundles, Collator, Complete
@@ -87,12 +88,17 @@ def lay_out(
     log.info(choice.reason())
     layout = choice.layout
     first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
+    if lay is not collate and not any(MEDIA in encoded.extra for encoded, _ in first):
+        every = (item for index in range(len(train)) for item in train[index])
+        first += [item for item in every if MEDIA in item[0].extra][:1]
     while lay is not collate and len(first) > 1 and sum(len(p.ids) for e, _ in first for p in e.paths) > MOST_TOKENS:
         first.pop()  # rows with images are compared all together
     for attempt in dict.fromkeys((layout, "padded")) if check else ():
         device = next(setup.model.parameters()).device
         batch = lay(first, layout=attempt, pad_id=pad_id, columns=columns).to(device)
-        verdict = _verdict(setup, batch)
+        shows = lay is not collate and attempt != "padded"
+        padded = lay(first, layout="padded", pad_id=pad_id, columns=columns).to(device) if shows else None
+        verdict = _verdict(setup, batch, padded)
         if verdict.holds:
             log.info(
                 "first batch checked: %s rows agree with one plain forward pass per answer to %.1e nats",
@@ -134,10 +140,10 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
     log.info("first batch checked: %s rows agree to %.1e nats", rows.layout, verdict.difference)
 
 
-def _verdict(setup: PolicySetup, batch: Batch) -> Verdict:
+def _verdict(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Verdict:
     """What the check finds; a model that cannot even take the mask fails it, with its reason."""
     try:
-        return verify(setup, batch)
+        return verify(setup, batch, padded)
     except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         if batch.layout == "padded":
             raise
