@@ -146,6 +146,21 @@ def test_a_server_treats_thoughts_as_training_did(name, enable, preserve, tok):
         assert served(other, theirs[: 2 * nth + 1], **own) == asked  # what a server says wins over what was trained
 
 
+@pytest.mark.parametrize("name", REASONING)
+@pytest.mark.parametrize("preserve", [False, True])
+def test_a_conversation_that_ends_with_the_model_shows_what_it_said(name, preserve, tok):
+    template = find_template(name)
+    renderer = make_renderer(TemplateConfig(template=name, preserve_thinking=preserve), tok)
+    empty = "".join(template.thought_words) if template.empty_thought is None else template.empty_thought
+    thought = "hm".join(template.thought_words)
+    for last in ("A2", thought + "A2"):
+        ours = [Message("user", "U1"), Message("assistant", thought + "A1"), Message("user", "U2")]
+        source, said = (tok.decode(part) for part in renderer.oneturn([*ours, Message("assistant", last)]))
+        theirs = [{"role": message.role, "content": message.content} for message in ours]
+        text = tok.apply_chat_template([*theirs, {"role": "assistant", "content": last}], tokenize=False)
+        assert text == source + (said if last != "A2" else said.replace(empty, "", 1))
+
+
 def test_a_thought_that_comes_apart(tok):
     make_renderer(TemplateConfig(template="qwen3", preserve_thinking=True), tok)
     talk = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}]
