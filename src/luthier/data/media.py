@@ -28,6 +28,7 @@ HELD = "base64:"
 """A reference that begins so holds the picture."""
 NEXT = ""
 """Stands for the next image of the row's column."""
+NOT_YET = "videos and audio are not supported yet"
 SHOWN_BY = ("user", "observation")
 """Turns that may show images."""
 
@@ -60,7 +61,7 @@ def with_images(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mes
     """
     for meaning in ("videos", "audios"):
         if _column(row, columns, meaning):
-            raise BadRow(f"{meaning} are not supported yet", f"column {columns.names.get(meaning)!r}")
+            raise BadRow(NOT_YET, f"column {columns.names.get(meaning)!r}")
     listed = _column(row, columns, "images")
     if listed is None and not any(message.media for message in messages):
         return list(messages)
@@ -113,7 +114,7 @@ def content(value: Any, where: str) -> tuple[str, tuple[str, ...]]:
                 raise BadRow("a message that is not text", f"{where}: {excerpt(part)} names no image")
             pictures.append(NEXT if source is None else reference(source))
         elif kind in ("video", "video_url", "audio", "audio_url", "input_audio"):
-            raise BadRow("videos and audio are not supported yet", f"{where}: {excerpt(part)}")
+            raise BadRow(NOT_YET, f"{where}: {excerpt(part)}")
         else:
             raise BadRow("a message that is not text", f"{where}: {excerpt(value)}")
     return "".join(texts), tuple(pictures)
