@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.contradictions import contradictions, evaluates_only
 from luthier.core import registry
-from luthier.core.compat import REFUSED, RENAMED, idle_variables
+from luthier.core.compat import REFUSED, RENAMED, STAGES, idle_variables
 from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
 from luthier.core.errors import ConfigError
 from luthier.core.kinds import is_true
@@ -191,7 +191,7 @@ def _objective(given: Given, misses: list[Problem]) -> tuple[str, type[Objective
         misses.append(Problem("stage", _place(given, "stage"), f"these keys mean several stages: {', '.join(claims)}."))
     stage = claims[0] if claims else stage
     if stage not in found:
-        text = registry.miss("stage", stage, list(found))
+        text = STAGES.get(stage) or registry.miss("stage", stage, list(found))
         misses.append(Problem("stage", _place(given, "stage"), text))
     return stage, found.get(stage)
 

@@ -172,6 +172,12 @@ def test_what_changes_nothing_but_speed_is_a_warning(tmp_path, key, value):
     assert resolve(BASE | {key: REFUSED[key].accepts[0]}).warnings == ()
 
 
+def test_a_stage_that_is_not_there_yet_is_no_slip_of_the_pen():
+    with pytest.raises(ConfigError) as caught:
+        resolve(BASE | {"stage": "ppo", "reward_model": "rm"})
+    assert "ppo is not there yet" in str(caught.value) and "Did you mean" not in str(caught.value)
+
+
 # The environment
 
 

@@ -184,6 +184,9 @@ LLAMA_FACTORY: dict[str, Refused] = {
     **_group(_EVALUATION, download_mode=None),
 }
 
+STAGES = {"ppo": "ppo is not there yet; rm trains its reward model, and dpo, kto or pro learn from preferences"}
+"""Stages of LLaMA-Factory that are known and not there, unless a plugin brings one."""
+
 _HARDWARE = "devices are found without it; leave the key out"
 _GONE = "transformers 5 has no such key any more; leave it out"
 
