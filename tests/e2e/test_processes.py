@@ -123,6 +123,12 @@ def test_weights_alone_are_whole_also_where_checkpoints_are_in_parts(tmp_path, m
     assert furthest(weights(tmp_path / "run" / "checkpoint-2"), weights(tmp_path / "run")) == 0.0
 
 
+def test_what_a_cpu_cannot_offload_is_said(tmp_path, model_folder):
+    keys = configuration(tmp_path, model_folder, "run", fsdp=True, ddp_backend="gloo")
+    assert shards(keys | {"fsdp_config": {"cpu_offload": True}}) == [1, 1]
+    assert "ConfigError: fsdp_config: cpu_offload keeps in main memory" in (tmp_path / "run-0.txt").read_text()
+
+
 def test_two_nodes_are_two_groups_of_processes(tmp_path, model_folder):
     """Each node's `luthier train` starts its own process; together they train what one process trains."""
     alone = configuration(tmp_path, model_folder, "alone", save_strategy="no", max_steps=3)

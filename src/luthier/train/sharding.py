@@ -14,6 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -129,6 +130,11 @@ class Sharding(transformers.Trainer):
             # accelerate takes this branch for accelerators only and would run plain data parallelism without a word;
             # FSDP2 itself shards over gloo just as well.
             plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+                raise ConfigError(
+                    "fsdp_config: cpu_offload keeps in main memory what a device does not need at the moment, and this "
+                    "run has no other device. Leave it out."
+                )
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = plugin
             self.is_fsdp_enabled = True
@@ -175,6 +181,13 @@ class Sharding(transformers.Trainer):
             kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
             return processes.FSDP_PARTS if SHARDED in kind else processes.FSDP_WHOLE
         return processes.DEEPSPEED if self.is_deepspeed_enabled else processes.PLAIN
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As transformers' own. ZeRO-3 takes groups without weights, such as LoRA+ makes, for those after them."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.zero3:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.zero3:
