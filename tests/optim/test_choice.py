@@ -13,6 +13,7 @@ from luthier.core.errors import ConfigError
 from luthier.core.registry import find, names
 from luthier.optim._task import Task
 from luthier.train import optimiser
+from tests.conftest import build_model
 
 OPTIM = {name: find("optim", name).Config() for name in names("optim")}
 
@@ -114,8 +115,13 @@ def test_what_a_rule_needs_and_is_not_installed(bare, key):
         ("galore_adamw", {}, "needs optim_target_modules"),
         (
             "apollo_adamw",
-            {"optim_target_modules": "all-linear", "weight_decay": 0.1},
-            "weight_decay: transformers does",
+            {"optim_target_modules": "all-linear", "optim_args": "rank=4,gap=2"},
+            "optim_args: gap=2: optim: apollo_adamw knows no 'gap'. Choose from: rank, proj, ",
+        ),
+        (
+            "galore_adamw",
+            {"optim_target_modules": "all-linear", "optim_args": "rank=few"},
+            "optim_args: rank=few: expected a number",
         ),
         ("schedule_free_adamw", {"warmup_steps": 0.1}, "warmup_steps: .* wants a number of steps"),
     ],
@@ -130,7 +136,6 @@ def test_what_transformers_would_ignore_or_stumble_over(stocked, optim, training
     [
         ("adalomo", "needs a CUDA device"),
         ("galore_adamw_8bit", "needs a CUDA device"),
-        ("galore_adafactor_layerwise", "cannot be made by transformers.*use_galore and galore_layerwise"),
     ],
 )
 def test_names_that_would_end_in_a_traceback(stocked, optim, words):
@@ -149,7 +154,6 @@ def test_optimisers_that_step_in_the_backward_pass(stocked, caplog, optim):
     with caplog.at_level(logging.WARNING, logger="luthier"):
         chosen(optim=optim, training=targets)
         assert "max_grad_norm has no effect" in caplog.text
-        assert ("lr_scheduler_type and warmup_steps have no effect" in caplog.text) == (optim != "lomo")
         caplog.clear()
         chosen(optim=optim, training=targets | {"max_grad_norm": 0.0, "lr_scheduler_type": "constant"})
     assert not caplog.records
@@ -180,6 +184,44 @@ def test_layer_by_layer_under_fp16(rule):
     halved.args.fp16 = True
     with pytest.raises(ConfigError, match=f"{rule}_layerwise: fp16 scales gradients"):
         module.check(config, halved)
+
+
+@pytest.mark.parametrize(
+    ("optim", "base", "layerwise"),
+    [
+        ("galore_adamw", "adamw_torch", False),
+        ("galore_adafactor", "adafactor", False),
+        ("galore_adafactor_layerwise", "adafactor", True),
+        ("apollo_adamw", "adamw_torch", False),
+        ("apollo_adamw_layerwise", "adamw_torch", True),
+    ],
+)
+def test_low_rank_optimisers_by_transformers_names(optim, base, layerwise):
+    """With transformers' settings, by the files in optim/: transformers cannot read their checkpoints again."""
+    kind = optim.split("_")[0]
+    pytest.importorskip(f"{kind}_torch")
+    given = {"optim_target_modules": ["q_proj"], "optim_args": "rank=3, scale=0.5", "weight_decay": 0.1}
+    factory, settings = chosen(optim=optim, training=given)
+    assert settings["task"].optim == base and settings["rule"].__name__ == f"luthier.optim.{kind}"
+    model = build_model("llama")
+    optimizer = factory()(model, **settings)
+    special = [group for group in optimizer.param_groups if "rank" in group]
+    wanted = {"rank": 3, "update_proj_gap": 200, "scale": 0.5, "proj_type": "std", "weight_decay": 0.1}
+    assert all(group.items() >= wanted.items() for group in special)
+    assert sum(len(group["params"]) for group in special) == 2
+    assert (type(optimizer).__name__ == "InBackward") == layerwise
+    _, settings = chosen(optim=optim, training={"optim_target_modules": "all-linear"})
+    config = settings["config"]
+    found = [vars(config)[f"{kind}_{name}"] for name in ("target", "rank", "scale", "layerwise")]
+    assert found == ["all", 128, 0.25 if kind == "galore" else 1.0, layerwise]
+
+
+def test_what_a_package_forgets_is_said(stocked, caplog):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        chosen(optim="grokadamw")
+        assert "a resumed run begins anew" in caplog.text
+        chosen(optim="lomo", training={"weight_decay": 0.1})
+        assert "weight_decay has no effect" in caplog.text
 
 
 def test_schedule_free_with_a_schedule_is_pointed_out(stocked, caplog):

@@ -10,6 +10,7 @@ from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
 from luthier.optim._task import Task
+from luthier.train import low_rank_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,10 +42,6 @@ PACKAGES: tuple[tuple[str, str, str], ...] = (
 
 CUDA_ONLY = ("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise")
 """Names of `optim` whose packages know no other device."""
-BROKEN = {
-    "galore_adafactor_layerwise": "cannot be made by transformers: it hands Adafactor a rate and lets it choose one, "
-    "which galore-torch refuses. Use optim: adafactor with use_galore and galore_layerwise."
-}
 
 
 class Factory:
@@ -72,16 +69,21 @@ def choose(configs: Mapping[str, Any], task: Task) -> tuple[type[Factory], dict[
             "weight vanish. optim: adamw_torch rounds at random and loses none on average.",
             named[0] if named else f"optim: {task.optim}",
         )
-    if not named:
-        _check_named(task)
-        return None
-    rule = rules[named[0]]
+    if named:
+        return _made_by(named[0], configs[named[0]], task)
+    _check_named(task)
+    low_rank = low_rank_names.meant(task)
+    return None if low_rank is None else _made_by(*low_rank)
+
+
+def _made_by(name: str, config: Any, task: Task) -> tuple[type[Factory], dict[str, Any]]:
+    rule = find("optim", name)
     for module, package in rule.PACKAGES.items():
-        _need(module, package, f"use_{named[0]}")
+        _need(module, package, f"use_{name}")
     check = vars(rule).get("check")
     if check is not None:
-        check(configs[named[0]], task)
-    return Factory, {"rule": rule, "config": configs[named[0]], "task": task}
+        check(config, task)
+    return Factory, {"rule": rule, "config": config, "task": task}
 
 
 def _check_named(task: Task) -> None:
@@ -92,21 +94,12 @@ def _check_named(task: Task) -> None:
     args = task.args
     if task.optim in CUDA_ONLY and not _has_cuda():
         raise ConfigError(f"optim: {task.optim} needs a CUDA device, and there is none. Use optim: adamw_torch.")
-    if task.optim in BROKEN:
-        raise ConfigError(f"optim: {task.optim} {BROKEN[task.optim]}")
     if task.optim.endswith(("lomo", "_layerwise")):
         _check_in_backward(task)
-    if task.optim.startswith(("galore_", "apollo_")):
-        if not args.optim_target_modules:
-            raise ConfigError(
-                f"optim: {task.optim} needs optim_target_modules, such as all-linear. The keys use_galore and "
-                "use_apollo choose them by themselves."
-            )
-        if args.weight_decay:
-            raise ConfigError(
-                f"weight_decay: transformers does not hand it to optim: {task.optim}. The keys use_galore and "
-                "use_apollo do; or set weight_decay: 0."
-            )
+    if task.optim == "grokadamw":
+        log.warning(
+            "optim: grokadamw keeps its moments where no checkpoint brings them back: a resumed run begins anew."
+        )
     if task.optim.startswith("schedule_free_"):
         if 0 < args.warmup_steps < 1:
             raise ConfigError(f"warmup_steps: optim: {task.optim} wants a number of steps, not a share of all.")
@@ -124,16 +117,8 @@ def _check_in_backward(task: Task) -> None:
         )
     if args.max_grad_norm:
         log.warning("max_grad_norm has no effect: optim: %s uses up gradients before their norm is known.", task.optim)
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if task.optim.endswith("_layerwise") and (schedule != "constant" or args.warmup_steps):
-        rule = task.optim.split("_")[0]
-        log.warning(
-            "lr_scheduler_type and warmup_steps have no effect: transformers keeps the learning_rate of optim: %s. "
-            "use_%s: true with %s_layerwise: true obeys them.",
-            task.optim,
-            rule,
-            rule,
-        )
+    if task.optim in ("lomo", "adalomo") and args.weight_decay:
+        log.warning("weight_decay has no effect: transformers does not hand it to optim: %s.", task.optim)
 
 
 def _has_cuda() -> bool:
