@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model on this machine and talk to it before and after
 # make test   the whole test suite
 # make lint   style and formatting
+# make deepspeed   two processes under DeepSpeed, which it installs in .venv/deepspeed
 # make venv   only the Python environment, in .venv
 #
 # Needs git, make and Python 3.11 or newer with venv. PYTHON=... names another interpreter,
@@ -18,17 +19,25 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP = $(BIN)/python -m pip install $(PIP_ARGS) --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format docs venv clean
+.PHONY: help demo test deepspeed lint format docs venv clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+# In an environment of its own that sees the suite's packages: with DeepSpeed installed, transformers always loads it.
+deepspeed: $(READY)
+	test -x .venv/deepspeed/bin/python || $(BIN)/python -m venv .venv/deepspeed
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), "$(CURDIR)/src", sep="\n")' > \
+		"$$(.venv/deepspeed/bin/python -c 'import site; print(site.getsitepackages()[0])')/suite.pth"
+	.venv/deepspeed/bin/python -m pip install $(PIP_ARGS) --quiet --disable-pip-version-check -r requirements/deepspeed.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/deepspeed/bin/python -m pytest tests/e2e/test_deepspeed.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ NEEDS_DATA = (*EVALUATES, "preview")
 REFERENCE_FREE = ("orpo", "simpo")
 IN_BACKWARD = ("lomo", "layerwise")
 """Optimisers whose names hold one of these change weights before the whole gradient is known."""
+WHOLE_MATRICES = ("adafactor", "galore", "apollo", "lomo", "muon")
+"""Parts of the names of optimisers that look at more than one number at a time."""
 LAYOUTS = ("auto", "padded", "packed", "shared")
 
 
@@ -229,6 +231,18 @@ RULES: tuple[Rule, ...] = (
          "has no meaning without fp8: true."),
     Rule(("fsdp", "deepspeed"), lambda k: k["fsdp"] and k["deepspeed"],
          "fsdp and deepspeed both shard the model. Keep one of the two."),
+    Rule(("loraplus_lr_ratio", "deepspeed"), lambda k: k["loraplus_lr_ratio"] is not None and k.zero == 3,
+         "has two learning rates, and under ZeRO-3 steps with them come out wrong. Use ZeRO-2."),
+    Rule(("async_save", "deepspeed"), lambda k: k.on("async_save") and k["deepspeed"],
+         "DeepSpeed's processes write their parts together, between two steps. Leave one of the two out."),
+    Rule(("load_best_model_at_end", "save_only_model", "deepspeed"),
+         lambda k: k["deepspeed"] and k.on("load_best_model_at_end") and k.on("save_only_model"),
+         "DeepSpeed loads whole checkpoints only. Leave save_only_model out."),
+    Rule(("optim", "deepspeed"), lambda k: k["deepspeed"] and any(part in str(k["optim"]) for part in WHOLE_MATRICES),
+         "{optim} goes by rows and columns of weights, and ZeRO hands it flat pieces. Use adamw_torch."),
+    *(Rule((name, "deepspeed"), lambda k, name=name: k.on(name) and k["deepspeed"],
+           "goes by rows and columns of weights, and ZeRO hands it flat pieces. Keep one of the two.")
+      for name in ("use_muon", "use_adam_mini")),
     Rule(("auto_find_batch_size", "fsdp", "deepspeed"), lambda k: k.on("auto_find_batch_size") and k.sharded,
          "does not go with FSDP or DeepSpeed, whose processes compute in step: one that began a step again would wait "
          "for the others for ever. Lower per_device_train_batch_size."),

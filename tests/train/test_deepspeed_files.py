@@ -66,3 +66,51 @@ def test_without_the_package_the_key_says_so(tmp_path, monkeypatch):
     run = resolve({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "deepspeed": str(FILES[0])})
     with pytest.raises(ConfigError, match="deepspeed: the package is not installed"):
         config.training_arguments(run.training, run.train)
+
+
+GIVEN = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "template": "chatml"}
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "said"),
+    [
+        ('{"zero_optimization": {"stage": 2,}', {}, "deepspeed: .*is no JSON.*column 35"),
+        ('{"bf16": {"enabled": true}}', {}, 'deepspeed: expected {"zero_optimization"'),
+        (
+            '{"gradient_accumulation_steps": 5, "zero_optimization": {"stage": 2}}',
+            {"gradient_accumulation_steps": 3},
+            "gradient_accumulation_steps: is 3, and DeepSpeed's file has gradient_accumulation_steps: 5",
+        ),
+        (
+            '{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}',
+            {"fp16": False},
+            "fp16: is False, and DeepSpeed's file has fp16.enabled: True",
+        ),
+        (
+            '{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}',
+            {"optim": "adamw_torch"},
+            "optim: would not be used",
+        ),
+        ((FILES[0]).read_text(), {"async_save": True}, "async_save: DeepSpeed's processes write"),
+        (
+            FILES[0].read_text(),
+            {"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "val_size": 2},
+            "load_best_model_at_end: DeepSpeed loads whole checkpoints",
+        ),
+        (FILES[0].read_text(), {"optim": "adafactor"}, "optim: adafactor goes by rows and columns"),
+        (FILES[0].read_text(), {"use_muon": True, "finetuning_type": "full"}, "use_muon: goes by rows and columns"),
+        (FILES[0].read_text(), {"use_adam_mini": True, "finetuning_type": "full"}, "use_adam_mini: goes by rows"),
+    ],
+)
+def test_contradictions_are_said_before_anything_is_loaded(file, keys, said, tmp_path):
+    path = tmp_path / "a file.json"
+    path.write_text(file)
+    with pytest.raises(ConfigError, match=said):
+        resolve(GIVEN | keys | {"deepspeed": str(path)}, verb="train")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_ships_contradicts_nothing(file):
+    keys = {"gradient_accumulation_steps": 3, "optim": "adamw_torch", "max_grad_norm": 0.5, "bf16": True}
+    resolve(GIVEN | keys | {"deepspeed": str(file)}, verb="train")
+    resolve(GIVEN | keys | {"deepspeed": json.loads(file.read_text())}, verb="train")

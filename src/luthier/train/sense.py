@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from luthier.core.paths import is_file, is_folder, local
-from luthier.train import fsdp_keys
+from luthier.train import fsdp_keys, zero_keys
 from luthier.train.config import TrainConfig
 from luthier.train.keys import training_keys
 
@@ -133,6 +133,9 @@ def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
 
 
 def _sharding(training: Mapping[str, Any]) -> Iterator[Complaint]:
+    if training.get("deepspeed"):
+        for key, text in zero_keys.mistakes(training["deepspeed"], training):
+            yield (key, "deepspeed"), text
     value = training.get("fsdp_config")
     if not value:
         return

@@ -182,13 +182,6 @@ class Sharding(transformers.Trainer):
             return processes.FSDP_PARTS if SHARDED in kind else processes.FSDP_WHOLE
         return processes.DEEPSPEED if self.is_deepspeed_enabled else processes.PLAIN
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As transformers' own. ZeRO-3 takes groups without weights, such as LoRA+ makes, for those after them."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.zero3:
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.zero3:
             import deepspeed
