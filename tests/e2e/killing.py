@@ -74,6 +74,7 @@ def _fork(work: Callable[[], None]) -> int:
         return pid
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(PATIENCE)
+    torch.set_num_threads(1)  # threads of the parent's are not there, and would be waited for
     code = 1
     try:
         work()
@@ -107,12 +108,25 @@ def in_ranks(work: Callable[[int], None], world: int = 2) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def straight(keys: Mapping[str, object]) -> int:
-    """Run it in this process, to its end; returns how many events there were. Children find everything imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        seen = _watch(patch, die_at=-1)
-        fit(resolve(dict(keys)))
-        return seen[0]
+def straight(keys: Mapping[str, object]) -> list[str]:
+    """Run it in this process, to its end; returns what happened, by name. Children find everything imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as children have it: sums depend on it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            seen = _watch(patch, die_at=-1)
+            fit(resolve(dict(keys)))
+            return seen
+    finally:
+        torch.set_num_threads(threads)
+
+
+def moment(events: list[str], *names: str) -> int:
+    """The number of the event at which the last of `names` happens, after the first after the one before it."""
+    place = -1
+    for name in names:
+        place = events.index(name, place + 1)
+    return place + 1
 
 
 def train(keys: Mapping[str, object], *, die_at: int = -1) -> int:
@@ -127,26 +141,26 @@ def train(keys: Mapping[str, object], *, die_at: int = -1) -> int:
     return in_child(work)
 
 
-def _watch(patch: pytest.MonkeyPatch, die_at: int) -> list[int]:
-    seen = [0]
+def _watch(patch: pytest.MonkeyPatch, die_at: int) -> list[str]:
+    seen: list[str] = []
 
-    def event() -> None:
-        seen[0] += 1
-        if seen[0] == die_at:
+    def event(name: str) -> None:
+        seen.append(name)
+        if len(seen) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def wrapped(function):
+    def wrapped(function, name):
         def call(*args, **kwargs):
-            event()
+            event(f"{name} begins")
             try:
                 return function(*args, **kwargs)
             finally:
-                event()
+                event(f"{name} ends")
 
         return call
 
     for owner, name in EVENTS:
-        patch.setattr(owner, name, wrapped(getattr(owner, name)))
+        patch.setattr(owner, name, wrapped(getattr(owner, name), name))
     return seen
 
 

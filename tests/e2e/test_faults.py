@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 from luthier import cli
 from luthier.core import log, manifest
 from luthier.train import checkpoint
-from tests.e2e.killing import differing, in_child, in_ranks, left_behind, straight, train
+from tests.e2e.killing import differing, in_child, in_ranks, left_behind, moment, straight, train
 from tests.exact.runs import furthest, trainer_for, weights
 
 pytestmark = pytest.mark.e2e
@@ -58,17 +59,20 @@ def configuration(folder: Path, model: Path, name: str, **changes) -> dict[str, 
     }
 
 
-def kill_often(keys, kills: int, events: int, seed: int):
+def kill_often(keys, kills: int, events: int, seed: int, first: Sequence[int] = ()):
     """Run again and again, each time in a folder of its own until it is done; gives each folder as it is done.
 
     keys: the configuration of the nth run. Checkpoints are written beside training in every other run.
+    first: the events at which the first of the other runs are killed first; all other kills are at random.
     """
-    rng, done, runs = random.Random(seed), 0, 0
-    while done < kills:
+    rng, done, runs, named = random.Random(seed), 0, 0, list(first)
+    while done < kills or named:
         runs += 1
         these = keys(runs)
-        while (code := train(these, die_at=rng.randint(1, events) if done < kills else -1)) == -signal.SIGKILL:
+        at = named.pop(0) if named and runs % 2 else rng.randint(1, events)
+        while (code := train(these, die_at=at if done < kills else -1)) == -signal.SIGKILL:
             done += 1
+            at = rng.randint(1, events)
         assert code == 0
         yield Path(str(these["output_dir"]))
 
@@ -77,11 +81,17 @@ def test_killed_at_random_points_it_ends_bitwise_the_same(tmp_path, model_folder
     events = straight(configuration(tmp_path, model_folder, "straight"))
     expected = left_behind(tmp_path / "straight")
     assert len(expected["log"]) > 5, "there is something to compare"
+    named = [
+        moment(events, "evaluation_loop begins", "ask begins"),
+        moment(events, *["training_step ends", "step ends"] * 4, "log begins"),
+        moment(events, "publish begins", "publish ends", "publish begins", "seal begins", "flush ends"),
+        moment(events, *["rotate begins"] * 3, "rmtree begins"),
+    ]
 
     def keys(run: int):
         return configuration(tmp_path, model_folder, f"run-{run}", async_save=run % 2 == 0)
 
-    folders = list(kill_often(keys, KILLS, events, seed=7))
+    folders = list(kill_often(keys, KILLS, len(events), seed=7, first=named))
     assert len(folders) > 1
     for folder in folders:
         assert differing(expected, left_behind(folder)) == [], folder.name
@@ -92,8 +102,22 @@ def test_a_stream_goes_on_at_the_row(tmp_path, model_folder):
     stream |= {"eval_dataset": None, "metric_for_best_model": None, "mix_strategy": "interleave_over"}
     events = straight(configuration(tmp_path, model_folder, "straight", **stream))
     expected = left_behind(tmp_path / "straight")
-    for folder in kill_often(lambda run: configuration(tmp_path, model_folder, f"run-{run}", **stream), 3, events, 3):
+    for folder in kill_often(
+        lambda run: configuration(tmp_path, model_folder, f"run-{run}", **stream), 3, len(events), 3
+    ):
         assert differing(expected, left_behind(folder)) == [], folder.name
+
+
+def test_mixed_rows_of_another_process_packed_under_an_optimiser_of_its_own(tmp_path, model_folder):
+    """Killed in the fifth of eight steps, and the same command again."""
+    own = {"mix_strategy": "interleave_over", "dataloader_num_workers": 1, "finetuning_type": "full", "use_muon": True}
+    own |= {"eval_strategy": "no", "metric_for_best_model": None, "logging_steps": 3, "max_steps": 8, "save_steps": 2}
+    events = straight(configuration(tmp_path, model_folder, "straight", **own))
+    keys = configuration(tmp_path, model_folder, "killed", **own)
+    assert train(keys, die_at=moment(events, *["step ends"] * 4, "training_step begins")) == -signal.SIGKILL
+    assert [folder.name for folder in checkpoint.complete(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-4"]
+    assert train(keys) == 0
+    assert differing(left_behind(tmp_path / "straight"), left_behind(tmp_path / "killed")) == []
 
 
 @pytest.mark.parametrize("stage", ["kto", "rm"])
@@ -167,6 +191,17 @@ def test_a_signal_whose_checkpoint_cannot_be_written_is_exit_code_2(tmp_path, mo
     assert code == 128 + 15 and manifest.damage(tmp_path / "run" / "checkpoint-2") is None
     code, said = command(tmp_path, keys | {"output_dir": str(tmp_path / "full")}, limit=12_000)
     assert code == 2 and "checkpoint 2" in said and "is lost" in said and "Traceback" not in said, said
+
+
+def test_weights_alone_are_not_gone_on_with_in_silence(tmp_path, model_folder):
+    keys = configuration(tmp_path, model_folder, "run", save_only_model=True, eval_strategy="no", save_steps=1)
+    keys |= {"metric_for_best_model": None, "val_size": 0}
+    assert train(keys, die_at=300) == -signal.SIGKILL
+    (*_, last) = checkpoint.complete(tmp_path / "run")
+    assert checkpoint.step_of(last) < 8
+    code, said = command(tmp_path, keys)
+    assert code == 2 and f"error: {last} holds weights alone" in said, said
+    assert f"adapter_name_or_path: {last}" in said and "allow_config_change: true" in said
 
 
 def test_memory_that_really_runs_out_is_said_in_full(tmp_path, model_folder):

@@ -138,7 +138,16 @@ class Resuming(Saving):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._pick_up()
         self._settle()
+        if self._resume is not None and self.args.should_save:
+            self._remove_spare(Path(self._resume))
         return super()._finalize_training(*args, **kwargs)
+
+    def _remove_spare(self, last: Path) -> None:
+        """Remove what a run that was killed after its very last checkpoint had no time to remove."""
+        own = last.resolve().parent == Path(str(self.args.output_dir)).resolve()
+        if own and self.state.global_step == self._initial_global_step:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(last.parent, last, keep=self.args.save_total_limit, best=best)
 
     # Everything else
 
