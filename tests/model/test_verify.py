@@ -13,7 +13,7 @@ from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded, Path
 from luthier.data.layout import collate
 from luthier.model.policy import PolicySetup
-from luthier.model.verify import verify
+from luthier.model.verify import TOLERANCE, verify
 from luthier.train.rows import lay_out
 from luthier.train.sampler import Bundles
 from tests.conftest import build_model
@@ -47,6 +47,14 @@ def test_exact_layouts_hold(kind, layout):
     verdict = verify(PolicySetup(model), collate(ITEMS, layout=layout, pad_id=3))
     assert verdict.holds and verdict.difference < 1e-4
     assert verdict.compared == 10
+
+
+def test_a_trained_embedding_in_float32_over_16_bit_layers():
+    model = build_model("llama").to(torch.bfloat16)
+    model.get_input_embeddings().float()
+    verdict = verify(PolicySetup(model), collate(ITEMS, layout="shared", pad_id=3))
+    assert verdict.holds and verdict.compared == 10
+    assert verdict.tolerance == TOLERANCE[torch.bfloat16]
 
 
 def test_a_lost_mask_is_seen(monkeypatch):

@@ -6,7 +6,9 @@ show here, before the first step, and not as a model that learnt the wrong thing
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,29 +55,37 @@ def verify(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Ver
     batch = replace(batch, block=None)
     training = model.training
     model.eval()
+    formats = {weight.dtype for weight in model.parameters()}
     try:
-        with setup.autocast():
+        with _one_format(formats, batch.ids.device.type), setup.autocast():
             shared = setup.bind().logps(batch)
             batch = batch if padded is None else padded
             rows = _rows(setup, batch) if batch.media else None
-        worst, compared, tokens = 0.0, 0, 0
-        for answer in range(batch.answers):
-            path = path_of(batch, answer)
-            edges = (batch.answer == answer).nonzero()[:, 0]
-            if not len(edges):
-                continue
-            if tokens and tokens + len(path) > MOST_TOKENS:
-                break
-            tokens += len(path)
-            plain = _plain(setup, batch, path, edges, rows)
-            difference = (plain - shared[edges].to(plain.dtype)).abs().max()
-            # NaN compares false with everything and must not pass for equal.
-            worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
-            compared += len(edges)
+            worst, compared, tokens = 0.0, 0, 0
+            for answer in range(batch.answers):
+                path = path_of(batch, answer)
+                edges = (batch.answer == answer).nonzero()[:, 0]
+                if not len(edges):
+                    continue
+                if tokens and tokens + len(path) > MOST_TOKENS:
+                    break
+                tokens += len(path)
+                plain = _plain(setup, batch, path, edges, rows)
+                difference = (plain - shared[edges].to(plain.dtype)).abs().max()
+                # NaN compares false with everything and must not pass for equal.
+                worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
+                compared += len(edges)
     finally:
         model.train(training)
-    dtype = next(model.parameters()).dtype
-    return Verdict(worst, TOLERANCE.get(dtype, TOLERANCE[torch.float32]), compared)
+    return Verdict(worst, max(TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in formats), compared)
+
+
+def _one_format(formats: set[torch.dtype], device: str) -> Any:
+    """A float32 embedding that is trained over 16-bit layers meets them under autocast only, as in training."""
+    half = formats & {torch.bfloat16, torch.float16}
+    if not half or torch.float32 not in formats:
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype=half.pop())
 
 
 def path_of(batch: Batch, answer: int) -> Tensor:
@@ -93,8 +103,7 @@ def _plain(setup: PolicySetup, batch: Batch, path: Tensor, edges: Tensor, rows: 
     if rows is not None:
         logits = rows[int(path[0]) // batch.ids.shape[1], : len(path)]
     else:
-        with setup.autocast():
-            logits = setup.model(input_ids=ids[None], use_cache=False).logits[0]
+        logits = setup.model(input_ids=ids[None], use_cache=False).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nodes = batch.target[batch.edge[edges]]
     depth = torch.searchsorted(path, nodes)
@@ -107,5 +116,4 @@ def _rows(setup: PolicySetup, batch: Batch) -> Tensor:
     real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.end[:, :1]
     dtype = setup.model.get_input_embeddings().weight.dtype
     media = media_arguments(batch, dtype)
-    with setup.autocast():
-        return setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits
+    return setup.model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False, **media).logits
