@@ -179,9 +179,7 @@ def test_a_split_of_the_hub(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = Source(
-        name="o/n", place="dataset", hub="o/n", subset="en", split="test", folder="sub", revision="v2"
-    )
+    source = Source(name="o/n", place="dataset", hub="o/n", subset="en", split="test", folder="sub", revision="v2")
     (file,) = open_source(source, access=Access(tokens={"hf": "hf_mine"}, cache_dir="there"))
     chosen = {"name": "en", "split": "test", "data_dir": "sub", "revision": "v2"}
     assert asked == [(("o/n",), chosen | {"streaming": False, "token": "hf_mine", "cache_dir": "there"})]

@@ -12,7 +12,8 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +51,7 @@ def use_plugins(folder: str | Path) -> None:
 
 def names(family: str) -> list[str]:
     """Every name in a family: the project's, the plugins' and the entry points'."""
-    return sorted({*_files(family), *(point.name for point in entry_points(group=f"luthier.{family}"))})
+    return sorted({*_files(family), *_entry_points(family).names})
 
 
 def find(family: str, name: str) -> ModuleType:
@@ -62,7 +63,7 @@ def find(family: str, name: str) -> ModuleType:
         return importlib.import_module(f"luthier.{family}.{name}")
     if file is not None:
         return _load_file(file, f"luthier_plugins.{family}.{name}")
-    for point in entry_points(group=f"luthier.{family}", name=name):
+    for point in _entry_points(family).select(name=name):
         return point.load()
     raise ConfigError(miss(family.rstrip("s"), name, names(family)))
 
@@ -78,6 +79,12 @@ def miss(kind: str, name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"There is no {kind} named {name!r}.{hint} There are: {', '.join(known)}."
+
+
+@cache
+def _entry_points(family: str) -> EntryPoints:
+    # Every call reads the metadata of all installed packages.
+    return entry_points(group=f"luthier.{family}")
 
 
 def _files(family: str) -> dict[str, Path]:
