@@ -100,6 +100,12 @@ def test_other_commands_say_what_to_do(model_in_parts, tmp_path):
     (deepspeed / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="zero_to_fp32.py"):
         adapter_folders(AdapterConfig(adapter_name_or_path=str(deepspeed)), config)
+    # A head beside them is no model.
+    (deepspeed / "adapter_config.json").rename(deepspeed / "config.json")
+    (deepspeed / "config.json").write_text((model_in_parts / "config.json").read_text())
+    (deepspeed / "value_head.safetensors").touch()
+    with pytest.raises(ModelError, match=r"has no weights.*zero_to_fp32.py \. \. --safe"):
+        load_model(ModelConfig(model_name_or_path=str(deepspeed)))
 
 
 def test_tied_weights_are_saved_once_or_twice_but_found(tmp_path):

@@ -256,7 +256,10 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"model_name_or_path: {folder} is no model folder: it has no config.json; {listing}.")
-    if weights and not any(name.endswith((".safetensors", ".bin")) for name in held):
+    files = [
+        name for name in held if name.endswith((".safetensors", ".bin")) and not name.endswith("_head.safetensors")
+    ]
+    if weights and not files:
         from luthier.model.parts import hint
 
         raise ModelError(f"model_name_or_path: {folder} has no weights (*.safetensors){hint(folder)}; {listing}.")

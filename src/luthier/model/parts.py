@@ -55,7 +55,7 @@ def hint(folder: Path) -> str:
     if in_parts(folder):
         return ": they are in FSDP's parts, which `luthier export` joins"
     if any(folder.glob("global_step*")):
-        command = "python zero_to_fp32.py . WHOLE --safe_serialization"
+        command = "python zero_to_fp32.py . . --safe_serialization"
         return f": they are in DeepSpeed's parts, which DeepSpeed's own `{command}` joins, called in that folder"
     return ""
 
