@@ -67,11 +67,7 @@ def join(args: transformers.TrainingArguments, *, trains_backbone: bool = True) 
 def _open_channels() -> None:
     """On a CPU transformers leaves DeepSpeed's channels closed."""
     import deepspeed
-    from deepspeed import ops
 
-    # A sum over shared memory that only inference asks for; it would be compiled now, which takes minutes and a
-    # compiler. DeepSpeed looks into its table of usable parts before it compiles one.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
