@@ -196,7 +196,7 @@ def test_wrong_arguments(argv, name, words):
 
 
 def test_the_launch_script_that_users_have(tmp_path):
-    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     argv = LAUNCH_SCRIPT.format(deepspeed=tmp_path / "ds.json").split()
     command = parse_command(argv, "train")
     run = resolve(command.config, command.overrides)

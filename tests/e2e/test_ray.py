@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -131,6 +132,8 @@ def test_a_worker_is_killed_and_the_run_is_stopped_and_it_ends_where_a_straight_
         "ray_init_kwargs": {"address": "local", "num_cpus": 2, "object_store_memory": 80 << 20},
     }
     code, said = on_ray(tmp_path, keys | ray)
+    # One of Ray's own helpers stumbles over any other Ray that runs here or was killed here.
+    said = re.sub(r"Exception in thread PlacementGroupCleanerMonitor:\n(?:Traceback.*\n| .*\n)*\S.*\n", "", said)
     assert code == 128 + signal.SIGTERM, said
     assert said.count("was lost") == 1 and "rank 1 was lost: its process ended" in said and "1 of 3 times" in said, said
     assert said.count("step 4/8") == 1 and "error:" not in said, said

@@ -114,3 +114,10 @@ def test_what_ships_contradicts_nothing(file):
     keys = {"gradient_accumulation_steps": 3, "optim": "adamw_torch", "max_grad_norm": 0.5, "bf16": True}
     resolve(GIVEN | keys | {"deepspeed": str(file)}, verb="train")
     resolve(GIVEN | keys | {"deepspeed": json.loads(file.read_text())}, verb="train")
+
+
+def test_accelerates_own_way_to_ask_for_it_is_answered(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="deepspeed: is not set, and `accelerate launch` was told"):
+        resolve(GIVEN, verb="train")
+    resolve(GIVEN | {"deepspeed": json.loads(FILES[0].read_text())}, verb="train")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from luthier.core.kinds import is_true
 from luthier.core.paths import is_file, is_folder, local
 from luthier.train import fsdp_keys, zero_keys
 from luthier.train.config import TrainConfig
@@ -136,6 +138,11 @@ def _sharding(training: Mapping[str, Any]) -> Iterator[Complaint]:
     if training.get("deepspeed"):
         for key, text in zero_keys.mistakes(training["deepspeed"], training):
             yield (key, "deepspeed"), text
+    elif is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED", "")):
+        yield (
+            ("deepspeed",),
+            "is not set, and `accelerate launch` was told to use DeepSpeed. Name DeepSpeed's file here.",
+        )
     value = training.get("fsdp_config")
     if not value:
         return
