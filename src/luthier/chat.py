@@ -112,8 +112,7 @@ def main(argv: Sequence[str]) -> int:
 
     command = parse_command(argv, "chat")
     run = resolve(command.config, command.overrides, verb="chat")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     talk(_start(run), sys.stdin)
     return 0
 

@@ -185,8 +185,7 @@ def main(argv: Sequence[str]) -> int:
         return resolved.show(command.config, command.overrides, as_json=command.flags["json"])
     trains = resolved.trains(read(command.config, command.overrides))
     run = resolve(command.config, command.overrides, verb="train" if trains else "chat")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     if not trains:
         print(f"{run.source.name}: nothing in it says train (no dataset, no output_dir); it will do for chat, infer, "
               "score and export, where adapter and model fit.")  # fmt: skip

@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
     source, folder = (Path(command.flags[flag]).expanduser() for flag in ("input", "output"))
     run, share = resolve(command.config, command.overrides, verb="collect"), command.flags["holdout"]
     _refuse(run, share)
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     examples = read_examples(source, read_row, expected=EXPECTED)
     claim(folder, _settings(run, share))
     describe(folder, held_out=share > 0)

@@ -265,8 +265,7 @@ def main(argv: Sequence[str]) -> int:
     from luthier.cli import parse_command
 
     subject = subject_of(parse_command(argv, "eval"))
-    for line in (*subject.run.warnings, *subject.run.notes):
-        log.info("%s", line)
+    subject.run.announce(log)
     _introduce(subject)
     evaluate(subject)
     return 0

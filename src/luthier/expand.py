@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     command = parse_command(argv, "expand")
     run = resolve(command.config, command.overrides, verb="export")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     if run.adapter.adapter_name_or_path:
         raise ConfigError("adapter_name_or_path: merge the adapter first (luthier export), and expand the result.")
     folder = expand(run.model, run.export, command.flags["blocks"])

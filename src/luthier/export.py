@@ -108,8 +108,7 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     command = parse_command(argv, "export")
     run = resolve(command.config, command.overrides, verb="export")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     length = run.layout.cutoff_len
     from luthier.model.parts import joined
 

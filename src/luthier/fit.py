@@ -51,8 +51,7 @@ def fit(run: Run) -> Result:
     import transformers
 
     from luthier.model.adapt import adapt, count_parameters, sidecars
-    from luthier.train import config, report, resume, sharding
-    from luthier.train.rows import confirm
+    from luthier.train import config, report, sharding
 
     logging.quiet_libraries()
     if run.train.plot_loss:
@@ -82,6 +81,53 @@ def fit(run: Run) -> Result:
         sharding.settle(setup.reference, args)
     log.info("%s", count_parameters(model))
 
+    feed = _feed(run, data, setup, tokenizer, args, going_on)
+    trainer = make_trainer(
+        run,
+        feed.setup,
+        args,
+        tokenizer,
+        sidecars=[_config_writer(run), *sidecars(model, run.adapter, run.model)],
+        optimizer_cls_and_kwargs=optimiser,
+        async_save=run.resume.async_save,
+        skip_bad_steps=run.resume.skip_bad_steps,
+        find_batch=bool(run.training.get("auto_find_batch_size")),
+        estimate=_estimate(run, args, model),
+        data_mark=feed.mark,
+        train_dataset=feed.train,
+        eval_dataset=feed.evaluation.get("", feed.evaluation or None),
+        data_collator=feed.collator,
+        callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
+    )
+    if sharded and run.train.verify_layout:
+        trainer.add_callback(sharding.Late(feed.confirm))
+    if run.reference.precompute_reference and feed.setup.reference is not None:
+        _precompute(run, trainer)
+    metrics = _train(run, trainer, None if going_on is None else str(going_on))
+    return Result(Path(args.output_dir), metrics, _stopped_by(trainer))
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """What the Trainer is given to train on."""
+
+    setup: Any
+    train: Any
+    evaluation: dict[str, Any]
+    collator: Any
+    mark: str
+    """Of the data, which a run that goes on must meet again; empty for a stream."""
+    confirm: Callable[[], None]
+    """The first batch's check, for engines that take the model over later."""
+
+
+def _feed(
+    run: Run, data: Any, setup: Any, tokenizer: Any, args: transformers.TrainingArguments, going_on: Path | None
+) -> _Feed:
+    """Rows in the layout of the run, checked; hidden states of them where nothing but a head is trained."""
+    from luthier.train import resume, sharding
+    from luthier.train.rows import confirm
+
     packing = run.objective.packs if run.layout.packing is None else run.layout.packing
     packing = packing or run.layout.neat_packing
     laid_out = lay_out(
@@ -92,7 +138,7 @@ def fit(run: Run) -> Result:
         tokenizer,
         batch_size=args.per_device_train_batch_size,
         noisy=bool(args.neftune_noise_alpha),
-        late=sharded,
+        late=sharding.splits(args),
     )
     evaluation = {name: bundles(run, part) for name, part in data.eval.items()}
     train, collator = laid_out.train, laid_out.collator
@@ -103,33 +149,10 @@ def fit(run: Run) -> Result:
         train = data.stream.laid_out(
             run.layout.cutoff_len if packing else None, shuffle=not run.train.disable_shuffling
         )
+    late = partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device)
     if not run.objective.trains_backbone:
         setup, train, evaluation, collator = _head_only(run, setup, train, evaluation, collator, args)
-    trainer = make_trainer(
-        run,
-        setup,
-        args,
-        tokenizer,
-        sidecars=[_config_writer(run), *sidecars(model, run.adapter, run.model)],
-        optimizer_cls_and_kwargs=optimiser,
-        async_save=run.resume.async_save,
-        skip_bad_steps=run.resume.skip_bad_steps,
-        find_batch=bool(run.training.get("auto_find_batch_size")),
-        estimate=_estimate(run, args, model),
-        data_mark=mark,
-        train_dataset=train,
-        eval_dataset=evaluation.get("", evaluation or None),
-        data_collator=collator,
-        callbacks=[callback for module in every("callbacks") if (callback := module.wanted(run)) is not None],
-    )
-    if sharded and run.train.verify_layout:
-        trainer.add_callback(
-            sharding.Late(partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device))
-        )
-    if run.reference.precompute_reference and setup.reference is not None:
-        _precompute(run, trainer)
-    metrics = _train(run, trainer, None if going_on is None else str(going_on))
-    return Result(Path(args.output_dir), metrics, _stopped_by(trainer))
+    return _Feed(setup, train, evaluation, collator, mark, late)
 
 
 def _train(run: Run, trainer: Trainer, going_on: str | None) -> dict[str, float]:
@@ -281,7 +304,6 @@ def main(argv: Sequence[str]) -> int:
 
     command = parse_command(argv, "train")
     run = resolve(command.config, command.overrides, verb="train")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     result = fit(run)
     return 0 if result.stopped_by is None else 128 + result.stopped_by

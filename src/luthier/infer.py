@@ -69,8 +69,7 @@ def main(argv: Sequence[str]) -> int:
     source, output = (Path(command.flags[flag]).expanduser() for flag in ("input", "output"))
     run = resolve(command.config, command.overrides, verb="infer")
     select = _selection(command.flags["n"], command.flags["select"], run)
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     examples = read_examples(source, read_shown, expected=EXPECTED)
     make(output)
     speaker = load_engine(run)

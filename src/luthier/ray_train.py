@@ -58,8 +58,7 @@ def main(command: Command) -> int:
 
     run = resolve(command.config, command.overrides, verb="train")
     restarts = whole_number(os.environ, "MAX_RESTARTS", RESTARTS, least=0)
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs Ray, which is not installed: pip install 'luthier[ray]'")
     for name, value in ENVIRONMENT.items():

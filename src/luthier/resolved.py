@@ -36,10 +36,7 @@ def show(config: str | Mapping[str, Any], overrides: Sequence[str], *, as_json: 
         run = resolve(config, overrides, verb="check" if trains(given) else "chat")
         if not trains(given):
             log.info("Nothing says train (no dataset, no output_dir): checked for chat, infer, score and export.")
-        for line in run.warnings:
-            log.warning("%s", line)
-        for line in run.notes:
-            log.info("%s", line)
+        run.announce(log)
     if as_json:
         print(json.dumps(run.flat(), ensure_ascii=False, default=str))
         return 0

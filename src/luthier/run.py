@@ -6,6 +6,7 @@ run = resolve("train.yaml", ["learning_rate=1e-4"])
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -125,6 +126,13 @@ class Run:
     notes: tuple[str, ...] = ()
     """What was derived."""
     warnings: tuple[str, ...] = ()
+
+    def announce(self, log: logging.Logger) -> None:
+        """Say what was derived and what will change nothing, before the work begins."""
+        for line in self.warnings:
+            log.warning("%s", line)
+        for line in self.notes:
+            log.info("%s", line)
 
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value; `resolve` of it gives this run again."""

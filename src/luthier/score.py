@@ -67,8 +67,7 @@ def main(argv: Sequence[str]) -> int:
         run = find_run(command.config, command.overrides, verb="score")
     else:
         run = resolve(command.config, command.overrides, verb="score")
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     examples = read_examples(source, read_row, expected=EXPECTED)
     make(output)
     judge = load_judge(run)

@@ -56,8 +56,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         run = resolve(command.config, command.overrides, verb="speculate")
     sampling = greedy(run)
-    for line in (*run.warnings, *run.notes):
-        log.info("%s", line)
+    run.announce(log)
     examples = read_examples(source, read_row, expected=EXPECTED)
     make(output)
     fast = load_fast(run)

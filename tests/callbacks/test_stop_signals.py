@@ -63,6 +63,16 @@ def test_going_on_from_there_gives_what_a_straight_run_gives(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    "keys, said", [({}, "Start the same command again"), ({"save_only_model": True}, "a run can begin from them")]
+)
+def test_it_says_what_the_checkpoint_is_good_for(tmp_path, caplog, keys, said):
+    caplog.set_level("INFO", logger="luthier")
+    trainer(tmp_path, stop_signals.wanted(None), Send(1, signal.SIGTERM), eval_strategy="no", **keys).train()
+    (line,) = [record.message for record in caplog.records if "saving checkpoint-2" in record.message]
+    assert said in line
+
+
 def test_a_second_interrupt_does_not_wait(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run = trainer(tmp_path, stop_signals.wanted(None), Send(2, signal.SIGINT, signal.SIGINT))

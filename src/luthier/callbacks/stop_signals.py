@@ -45,10 +45,11 @@ class StopSignals(TrainerCallback, Postpones):
         received = self._agree(args.device)
         if received is not None and state.global_step < state.max_steps:
             self.stopped_by = received
+            again = "Start the same command again to go on from there."
+            if args.save_only_model:
+                again = "It holds weights alone (save_only_model): a run can begin from them, and not go on."
             get_logger("train").info(
-                "%s: saving checkpoint-%d and stopping. Start the same command again to go on from there.",
-                received.name,
-                state.global_step,
+                "%s: saving checkpoint-%d and stopping. %s", received.name, state.global_step, again
             )
             control.should_save = True
             control.should_training_stop = True
