@@ -370,7 +370,9 @@ def verb_help(name: str) -> str:
     if verb.takes_keys:
         lines += ["", KEYS]
     if name == "train":
+        from luthier.core.log import set_up
         from luthier.schema import key_list
 
+        set_up()  # before libraries are imported that would speak up
         lines += ["", key_list()]
     return "\n".join(lines)
