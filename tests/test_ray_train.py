@@ -93,9 +93,8 @@ def test_restarts_are_a_number(monkeypatch, tmp_path):
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(
-        ray_train, "resolve", lambda *a, **k: SimpleNamespace(warnings=(), notes=(), training={"output_dir": "x"})
-    )
+    run = SimpleNamespace(announce=lambda log: None, training={"output_dir": "x"})
+    monkeypatch.setattr(ray_train, "resolve", lambda *args, **options: run)
     assert cli.main(["train", "--ray", "stage=sft"]) == 2
     assert "pip install 'luthier[ray]'" in capfd.readouterr().err
 

@@ -55,8 +55,12 @@ def main(argv: Sequence[str]) -> int:
         from luthier import ray_train
 
         return ray_train.main(command)
+    quiet = "--debug" not in sys.argv
+    if quiet and _nodes(os.environ) != "1":
+        # The node that ends last meets a closed door, and torch has a page to say of it. Read when torch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     plan = wanted(_keys(command.config, command.overrides), os.environ)
-    return _here(argv) if plan is None else run(plan, argv, quiet="--debug" not in sys.argv)
+    return _here(argv) if plan is None else run(plan, argv, quiet=quiet)
 
 
 def wanted(keys: Mapping[str, Any], environ: Mapping[str, str]) -> Plan | None:

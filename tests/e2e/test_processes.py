@@ -155,9 +155,9 @@ def test_two_nodes_are_two_groups_of_processes(tmp_path, model_folder):
 
     # What the reader of the logs sees: one loss and one speed of the whole job, from node 0, and everybody's memory.
     first, second = ((tmp_path / f"node {n}.txt").read_text() for n in range(2))
-    assert second.splitlines() == [
-        f"Starting 1 process on this node, which is number 1 of 2; they meet at 127.0.0.1:{port}."
-    ]
+    # torch, imported here before `luthier train` could hush it, may report that node 0 closed its store first.
+    said = [line for line in second.splitlines() if line and not re.match(r"\[W|frame #|Exception raised from", line)]
+    assert said == [f"Starting 1 process on this node, which is number 1 of 2; they meet at 127.0.0.1:{port}."]
     assert re.findall(r"^step (\d)/3 \| loss", first, re.MULTILINE) == ["1", "2", "3"]
     assert re.search(r"^Peak memory of the process: rank 0 \d\.\d\d GiB, rank 1 \d\.\d\d GiB$", first, re.MULTILINE)
     logs = [
