@@ -19,6 +19,17 @@ CORPUS = [
     "system user assistant tool <think> think </think> hello world goodbye",
 ]
 
+
+@pytest.fixture(autouse=True)
+def _environment_is_put_back():
+    """What a run writes into the process's environment (TensorBoard's folder, say) does not meet the next test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
 CHATML = (

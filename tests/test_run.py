@@ -400,7 +400,6 @@ def test_tensorboard_folder(monkeypatch):
     run = resolve(BASE | {"logging_dir": "logs"})
     training.training_arguments(run.training, run.train)
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
 
 
 @pytest.mark.parametrize("value, found", [(True, True), ("true", True), ("False", False), (None, None)])
