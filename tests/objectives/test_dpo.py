@@ -72,7 +72,8 @@ def ask(objective, models, items, *, layout="shared", cuts=None):
             logs = {name: logs.get(name, 0.0) + value.item() for name, value in more.items()}
         return loss, logs
     finally:
-        models[0].requires_grad_(True)
+        for model in models:  # the reference was frozen, and another test may train it
+            model.requires_grad_(True)
         setup.close()
         if len(models) > 1:
             setup.reference.own.close()

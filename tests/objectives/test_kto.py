@@ -66,7 +66,8 @@ def ask(objective, models, items, *, layout="shared", cuts=None):
             logs = {name: logs.get(name, 0.0) + value.item() for name, value in more.items()}
         return loss, logs
     finally:
-        models[0].requires_grad_(True)
+        for model in models:  # the reference was frozen, and another test may train it
+            model.requires_grad_(True)
         setup.close()
         setup.reference.own.close()
 
@@ -106,7 +107,6 @@ def test_loss_and_metrics_are_trls_on_the_whole_step(pair_of_models, layout, cut
 
 def test_a_negative_kl_counts_as_none(pair_of_models):
     models = pair_of_models[::-1]
-    models[0].requires_grad_(True)
     with torch.no_grad():
         ratios = [(token_logps(models[0], p) - token_logps(models[1], p)).sum().item() for p in mismatched(VOTES)]
     assert sum(ratios) < 0
