@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class Trainer(Guarding):
         self.state.num_input_tokens_seen += computed
         return totals
 
-    def _survey(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def _survey(self, batches: Iterable[Batch]) -> dict[str, float]:
         """What the objective sums over the whole step before its first loss, over all ranks."""
         if not self.objective.surveys:
             return {}
@@ -194,13 +194,13 @@ class Trainer(Guarding):
     def _totals_of(self, dataloader: EpochLoader) -> dict[str, float]:
         known = id(dataloader.dataset)
         if known not in self._eval_totals:
-            counts = _counts([inputs["batch"] for inputs in dataloader])
+            counts = _counts(inputs["batch"] for inputs in dataloader)
             self._eval_totals[known] = self._over_ranks(counts)
         return self._eval_totals[known]
 
     def _survey_all(self, dataloader: EpochLoader) -> dict[str, float]:
         # Not remembered: the model changes between evaluations.
-        return self._survey([inputs["batch"] for inputs in dataloader]) if self.objective.surveys else {}
+        return self._survey(inputs["batch"] for inputs in dataloader) if self.objective.surveys else {}
 
     @torch.no_grad()
     def records(self, dataset: Bundles) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -211,7 +211,7 @@ class Trainer(Guarding):
             yield from zip(batch.names, self.objective.rows(self.setup.bind(), batch))
 
 
-def _counts(batches: Sequence[Batch]) -> dict[str, float]:
+def _counts(batches: Iterable[Batch]) -> dict[str, float]:
     totals: dict[str, float] = {"computed": 0.0, "token": 0.0, "answer": 0.0, "group": 0.0}
     for batch in batches:
         for name, count in {**batch.units(), "computed": float(batch.tokens)}.items():
