@@ -41,13 +41,25 @@ def test_arguments_given_as_a_string_of_json_are_not_escaped_again():
     assert tool_format("qwen").call(calls) == '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
 
 
-@pytest.mark.parametrize("content", ["call f(1)", '{"name": "f"}', '"f"', '[{"arguments": {}}]'])
+NESTED, DIGITS = "[" * 100_000, "1" * 5000
+"""Python's json module raises RecursionError for the one and ValueError for the other."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["call f(1)", '{"name": "f"}', '"f"', '[{"arguments": {}}]', '{"name": 5, "arguments": {}}', NESTED, DIGITS],
+)
 def test_calls_that_cannot_be_read(content):
     with pytest.raises(TemplateError, match="function message"):
         read_calls(content, THINK, WRAP)
 
 
-@pytest.mark.parametrize("text", ["weather", "[1]", '[{"type": "function"}]'])
+@pytest.mark.parametrize("text", [NESTED, DIGITS])
+def test_arguments_in_a_string_that_is_no_json_stay_a_string(text):
+    assert read_calls(json.dumps({"name": "f", "arguments": text}), THINK, WRAP) == ("", [Call("f", text)])
+
+
+@pytest.mark.parametrize("text", ["weather", "[1]", '[{"type": "function"}]', NESTED, DIGITS])
 def test_definitions_that_cannot_be_read(text):
     with pytest.raises(TemplateError, match="tools"):
         read_definitions(text)

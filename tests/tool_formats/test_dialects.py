@@ -263,6 +263,30 @@ def test_a_schema_tells_texts_from_numbers(name):
     assert tool_format(name).parse(text) == ("", [Call("f", {"a": 12, "b": 12})])
 
 
+@pytest.mark.parametrize("name", ["default", "gemma4"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        '{"type": "object"}',
+        {"properties": {"a": "a text"}},
+        {"properties": ["a"]},
+        {"properties": {"a": {"type": "array", "items": ["string"]}}},
+        {"properties": {"a": {}}, "required": True},
+        {"properties": {"a": {"properties": {"b": None}}}},
+    ],
+)
+def test_parameters_that_are_no_schema_are_refused_where_it_is_put_into_words(name, parameters):
+    with pytest.raises(TemplateError, match="'weather' are no JSON Schema"):
+        tool_format(name).describe([{"name": "weather", "parameters": parameters}], "26 Jul 2024")
+
+
+def test_gemma4_writes_what_is_no_parameter_as_its_makers_do():
+    """Their template takes every key of an object without properties for a parameter; `false` has no type."""
+    inner = {"type": "object", "additionalProperties": False}
+    written = tool_format("gemma4").describe([{"name": "f", "parameters": {"properties": {"o": inner}}}], "26 Jul 2024")
+    assert '{additionalProperties:{type:<|"|><|"|>}}' in written
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "seed_oss", "minimax2", "glm4_moe", "lfm2", "gemma4"])
 def test_arguments_without_names_cannot_be_written(name):
     with pytest.raises(TemplateError, match="expected an object"):

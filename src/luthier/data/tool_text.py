@@ -38,6 +38,24 @@ def parameters(tools: Sequence[Definition], name: str) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
+def schema_of(tool: Definition) -> dict[str, Any]:
+    """The JSON Schema of a tool's parameters, empty if there is none; TemplateError if it is no schema, for dialects
+    that put it into words of their own."""
+    schema = tool.get("parameters") or {}
+    _check_schema(schema, tool["name"])
+    return schema
+
+
+def _check_schema(schema: Any, tool: str) -> None:
+    known = schema if isinstance(schema, dict) else {}
+    inner, required = known.get("properties") or {}, known.get("required") or []
+    names = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    if not (isinstance(schema, dict) and isinstance(inner, dict) and names):
+        raise TemplateError(f"the parameters of tool {tool!r} are no JSON Schema: {json.dumps(schema)[:120]}.")
+    for part in (*inner.values(), *([known["items"]] if known.get("items") else [])):
+        _check_schema(part, tool)
+
+
 def call_of(value: Any, key: str = "arguments") -> Call | None:
     """A JSON object with a name and arguments as a call, None if it is something else."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or key not in value:

@@ -67,7 +67,7 @@ def read_definitions(text: str) -> list[Definition]:
     """Tool definitions from JSON text, each without its `{"type": "function"}` wrapper."""
     try:
         tools = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and bottomless nesting
         raise TemplateError(f"tools: not JSON ({error}): {_short(text)}. Expected a list of functions.") from error
     tools = tools if isinstance(tools, list) else [tools]
     bare = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools]
@@ -115,15 +115,15 @@ def wrapped_definition(tool: Definition) -> Definition:
 def _calls(text: str, content: str) -> list[Call]:
     try:
         calls = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TemplateError(
             f"a function message must be JSON such as "
             f'{{"name": "add", "arguments": {{"a": 1}}}}, got {_short(content)} ({error}).'
         ) from error
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise TemplateError(f"a function message needs 'name' and 'arguments', got {_short(content)}.")
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise TemplateError(f"a function message needs 'name' (text) and 'arguments', got {_short(content)}.")
     return [Call(call["name"], _arguments(call["arguments"])) for call in calls]
 
 
@@ -133,7 +133,7 @@ def _arguments(value: Any) -> Any:
         return value
     try:
         inner = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
     return inner if isinstance(inner, dict) else value
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from luthier.core.types import Call
 from luthier.data.tool_jinja import ARGUMENTS, ToolJinja, each_call, each_tool, says
-from luthier.data.tool_text import as_json, leading_json, outside
+from luthier.data.tool_text import as_json, leading_json, outside, schema_of
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n"
@@ -53,7 +53,7 @@ def describe(tools: Sequence[Definition], date: str) -> str:
 
 
 def _parameters(tool: Definition) -> Iterator[str]:
-    schema = tool.get("parameters") or {}
+    schema = schema_of(tool)
     for name, parameter in (schema.get("properties") or {}).items():
         required = ", required" if name in (schema.get("required") or ()) else ""
         choices = ", ".join(map(str, parameter.get("enum") or ()))

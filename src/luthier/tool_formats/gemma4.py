@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.core.errors import TemplateError
 from luthier.core.types import Call
-from luthier.data.tool_text import named, outside
+from luthier.data.tool_text import named, outside, schema_of
 from luthier.data.tools import Definition, Parsed
 
 JOINT = ""
@@ -28,8 +28,8 @@ def describe(tools: Sequence[Definition], date: str) -> str:
 
 
 def _declaration(tool: Definition) -> str:
-    parts = [f"description:{_text(tool.get('description') or '')}"]
-    schema = tool.get("parameters")
+    parts = [f"description:{_text(str(tool.get('description') or ''))}"]
+    schema = schema_of(tool)
     if schema:
         parts.append(f"parameters:{{{','.join(_object(schema))}}}")
     return f"declaration:{tool['name']}{{{','.join(parts)}}}"
@@ -48,10 +48,11 @@ def _properties(properties: Mapping[str, Any]) -> str:
     return ",".join(f"{name}:{{{','.join(_property(properties[name]))}}}" for name in _sorted(properties))
 
 
-def _property(schema: Mapping[str, Any]) -> Iterator[str]:
+def _property(schema: Any) -> Iterator[str]:
+    schema = schema if isinstance(schema, Mapping) else {}  # `additionalProperties: false` beside no properties
     kind = str(schema.get("type", "")).upper()
     if schema.get("description"):
-        yield f"description:{_text(schema['description'])}"
+        yield f"description:{_text(str(schema['description']))}"
     if kind == "STRING" and schema.get("enum"):
         yield f"enum:{_written(schema['enum'])}"
     if kind == "ARRAY" and isinstance(schema.get("items"), Mapping) and schema["items"]:
