@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -13,7 +14,9 @@ import luthier
 from luthier import cli, launch
 from luthier.cli import VERBS, main, parse_command
 from luthier.core.errors import ConfigError, DataError
+from luthier.keys import USUAL
 from luthier.run import resolve
+from luthier.schema import sections
 
 LAUNCH_SCRIPT = """
     --deepspeed {deepspeed}
@@ -124,18 +127,38 @@ def test_every_verb_explains_itself_with_an_example(name, capsys):
     assert capsys.readouterr().out == out
 
 
-def test_train_help_lists_keys_with_default_and_text(capsys):
+def test_train_help_shows_the_usual_keys_and_all_of_them_are_keys(capsys):
     main(["train", "--help"])
     out = capsys.readouterr().out
-    for words in (
-        "[model]",
-        "[stage: sft]",
-        "[finetuning_type: lora]",
-        "lora_rank = 8",
-        "warmup_steps",
-        "cutoff_len = 2048",
-    ):
+    known = {name for section in sections() for name in section.keys}
+    assert USUAL.keys() <= known and all(f"  {name} " in out for name in USUAL)
+
+
+def test_keys_are_listed_with_default_and_text(capsys):
+    assert main(["keys"]) == 0
+    out = capsys.readouterr().out
+    for words in ("[model]", "[stage: sft]", "[finetuning_type: lora]", "  lora_rank = 8\n      Rank", "warmup_steps"):
         assert words in out
+
+
+def test_keys_are_looked_up_by_name_and_by_owner(capsys):
+    assert main(["keys", "Save_Steps", "kto"]) == 0
+    out = capsys.readouterr().out
+    assert "  save_steps = 500" in out and "  kto_chosen_weight" in out and "[stage: kto]" in out
+    assert "save_total_limit" not in out and "[model]" not in out
+    assert main(["keys", "lorra_rank"]) == 2 and "Did you mean lora_rank" in capsys.readouterr().err
+    assert main(["keys", "--all"]) == 2 and "--all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_mistake(buffered):
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONUNBUFFERED": buffered}
+    words = [sys.executable, "-m", "luthier", "--help"]
+    found = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=env, check=False)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, b"")
 
 
 def test_verbs_are_files_with_a_main():
@@ -238,7 +261,7 @@ def test_python_does_what_the_command_line_does(verb, tmp_path):
 # Start
 
 
-@pytest.mark.parametrize("words", [["version"], ["--help"], ["preview", "--help"]])
+@pytest.mark.parametrize("words", [["version"], ["--help"], ["preview", "--help"], ["train", "--help"]])
 def test_light_words_import_nothing_heavy(words):
     code = (
         "import sys; from luthier.cli import main; assert main(sys.argv[1:]) == 0;"

@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from luthier import __version__, ranks
 from luthier.core.errors import ConfigError, LuthierError
 
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
-KEYS = "CONFIG is a YAML or JSON file; key=value or --key value win over it. `luthier train --help` lists all keys."
+KEYS = "CONFIG is a YAML or JSON file; key=value or --key value win over it. `luthier keys` lists all keys."
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,13 @@ VERBS: dict[str, Verb] = {
         takes_keys=False,
         own_parser=True,
     ),
+    "keys": Verb(
+        "luthier.keys",
+        "list all keys with defaults and help, or look some up",
+        "luthier keys [WORD ...]",
+        "luthier keys lora save_steps",
+        takes_keys=False,
+    ),
     "schema": Verb(
         "luthier.schema",
         "print all keys, as JSON schema or as Markdown",
@@ -213,8 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reported(argv: list[str], debug: bool) -> int:
     """Run one command; what a user can mend becomes one message, said by the first process to fail."""
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except (LuthierError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141
         text = mendable(error)
         if text is None or (debug and isinstance(error, OSError)):
             raise
@@ -228,6 +240,17 @@ def _reported(argv: list[str], debug: bool) -> int:
             traceback.print_exc()
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more (`luthier keys | head`); what is still to be said goes nowhere."""
+    ask = select.poll()
+    ask.register(sys.stdout.fileno(), 0)
+    if not ask.poll(0):
+        return False
+    # Python would try once more when it ends, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def mendable(error: Exception) -> str | None:
@@ -370,9 +393,7 @@ def verb_help(name: str) -> str:
     if verb.takes_keys:
         lines += ["", KEYS]
     if name == "train":
-        from luthier.core.log import set_up
-        from luthier.schema import key_list
+        from luthier.keys import usual
 
-        set_up()  # before libraries are imported that would speak up
-        lines += ["", key_list()]
+        lines += ["", "Keys that most configurations set:", "", usual()]
     return "\n".join(lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +59,6 @@ def json_schema() -> dict[str, Any]:
         "properties": properties,
         "additionalProperties": False,
     }
-
-
-def key_list(width: int = 110) -> str:
-    """Every key with its default and help, for `luthier train --help`."""
-    lines: list[str] = []
-    for section in sections():
-        lines += [f"[{section.title}] {section.intro}", ""]
-        for key in section.keys.values():
-            lines.append(f"  {key.name}{_default(key)}")
-            lines += textwrap.wrap(_prose(key.doc), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines.append("")
-    return "\n".join(lines).rstrip()
 
 
 def keys_page() -> str:
@@ -180,10 +167,11 @@ def _rule(rule: rules.Rule) -> str:
 
 
 def _intro(config: type) -> str:
-    return _prose((config.__doc__ or "").strip().split("\n\n")[0])
+    return prose((config.__doc__ or "").strip().split("\n\n")[0])
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
+    """A docstring as one line."""
     return " ".join(text.split())
 
 
@@ -196,14 +184,15 @@ def _limit(rule: Refused) -> str:
 
 
 def _cell(text: str) -> str:
-    return _prose(text).replace("|", "\\|")
+    return prose(text).replace("|", "\\|")
 
 
 def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str) if value != "" else '""'
 
 
-def _default(key: Key) -> str:
+def default(key: Key) -> str:
+    """A key's default, as it is written behind its name."""
     return "  (required)" if key.required else f" = {_shown(key.default)}"
 
 
