@@ -66,3 +66,9 @@ def each_argument(body: str, joint: str = "") -> str:
 def json_call(key: str = "arguments") -> str:
     """What writes `call` as a JSON object."""
     return f"{{{{ '{{\"name\": ' + call['name']|tojson + ', \"{key}\": ' + {ARGUMENTS} + '}}' }}}}"
+
+
+WRAPPED_LINES = each_tool("{{ '\\n' + " + WRAPPED + "|tojson }}")
+"""What writes `tool_text.describe_wrapped`'s lines."""
+TAGGED_CALLS = each_call(says("<tool_call>\n") + json_call() + says("\n</tool_call>"), joint="\n")
+"""What writes `tool_text.write_tagged`."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.core.errors import TemplateError
 from luthier.core.types import Call
-from luthier.data.tools import Definition, Parsed
+from luthier.data.tools import Definition, Parsed, wrapped_definition
+
+_BLANKS = re.compile(r"\s*")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -63,6 +66,11 @@ def call_of(value: Any, key: str = "arguments") -> Call | None:
     return Call(value["name"], value[key])
 
 
+def as_dict(call: Call, key: str = "arguments") -> dict[str, Any]:
+    """The inverse of `call_of`."""
+    return {"name": call.name, key: call.arguments}
+
+
 def json_calls(text: str, key: str = "arguments") -> list[Call] | None:
     """Calls from a text that is nothing but JSON: one object or a list of them; None if it is something else."""
     try:
@@ -82,19 +90,24 @@ def json_blocks(text: str, opening: str, closing: str) -> Iterator[tuple[int, in
         if found is None:
             continue
         value, end = found
-        rest = text[end:].lstrip()
-        if rest.startswith(closing):
-            at = len(text) - len(rest) + len(closing)
+        end = _after_blanks(text, end)
+        if text.startswith(closing, end):
+            at = end + len(closing)
             yield start, at, value
 
 
 def leading_json(text: str, start: int) -> tuple[Any, int] | None:
     """The JSON value that stands at `start`, after blanks, and where it ends; None if there is none."""
-    begin = start + len(text[start:]) - len(text[start:].lstrip())
     try:
-        return json.JSONDecoder().raw_decode(text, begin)
+        return json.JSONDecoder().raw_decode(text, _after_blanks(text, start))
     except (ValueError, RecursionError):
         return None
+
+
+def _after_blanks(text: str, start: int) -> int:
+    found = _BLANKS.match(text, start)
+    assert found is not None
+    return found.end()
 
 
 def outside(text: str, spans: Sequence[tuple[int, int]]) -> str:
@@ -119,15 +132,27 @@ def typed(pairs: Sequence[tuple[str, str]], tools: Sequence[Definition], name: s
     return {key: from_value(text, known.get(key)) for key, text in pairs}
 
 
+def read_matches(
+    text: str, found: Sequence[re.Match[str]], argument: re.Pattern[str], tools: Sequence[Definition]
+) -> Parsed:
+    """A reply whose calls stand at `found`, each with its name and its arguments as groups 1 and 2; `argument` finds
+    the name and the text of each of these."""
+    calls = [Call(call[1], typed(argument.findall(call[2]), tools, call[1])) for call in found]
+    return outside(text, [call.span() for call in found]), calls
+
+
+def describe_wrapped(before: str, tools: Sequence[Definition], after: str) -> str:
+    """Tools in OpenAI's form, one a line, between two texts."""
+    return before + "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools) + after
+
+
 def write_tagged(calls: Sequence[Call]) -> str:
     """Calls as JSON objects, each in `<tool_call>` tags."""
-    return "\n".join(
-        f"<tool_call>\n{as_json({'name': call.name, 'arguments': call.arguments})}\n</tool_call>" for call in calls
-    )
+    return "\n".join(f"<tool_call>\n{as_json(as_dict(call))}\n</tool_call>" for call in calls)
 
 
-def read_tagged(text: str) -> Parsed:
-    """The inverse of `write_tagged`, whatever stands around the calls."""
+def read_tagged(text: str, tools: Sequence[Definition] = ()) -> Parsed:
+    """The inverse of `write_tagged`, whatever stands around the calls. JSON needs no `tools` to tell what is a text."""
     found = [(start, stop, call_of(value)) for start, stop, value in json_blocks(text, "<tool_call>", "</tool_call>")]
     read = [(start, stop, call) for start, stop, call in found if call is not None]
     return outside(text, [(start, stop) for start, stop, _ in read]), [call for _, _, call in read]

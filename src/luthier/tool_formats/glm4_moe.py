@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from luthier.core.types import Call
-from luthier.data.tool_jinja import VALUE, WRAPPED, ToolJinja, each_argument, each_call, each_tool, says
-from luthier.data.tool_text import as_json, as_value, named, outside, typed
-from luthier.data.tools import Definition, Parsed, wrapped_definition
+from luthier.data.tool_jinja import VALUE, WRAPPED_LINES, ToolJinja, each_argument, each_call, says
+from luthier.data.tool_text import as_value, describe_wrapped, named, read_matches
+from luthier.data.tools import Definition, Parsed
 
 JOINT = ""
 _CALL = re.compile(r"\n?<tool_call>([^<\n]+)\n?(.*?)</tool_call>", re.DOTALL)
@@ -24,7 +24,7 @@ _AFTER = (
 )
 _ARGUMENT_IN_JINJA = "{{ '<arg_key>' + name + '</arg_key>\\n<arg_value>' + " + VALUE + " + '</arg_value>\\n' }}"
 JINJA = ToolJinja(
-    describe=says(_BEFORE) + each_tool("{{ '\\n' + " + WRAPPED + "|tojson }}") + says(_AFTER),
+    describe=says(_BEFORE) + WRAPPED_LINES + says(_AFTER),
     call=each_call(
         "{{ '\\n<tool_call>' + call['name'] + '\\n' }}" + each_argument(_ARGUMENT_IN_JINJA) + says("</tool_call>")
     ),
@@ -33,7 +33,7 @@ JINJA = ToolJinja(
 
 def describe(tools: Sequence[Definition], date: str) -> str:
     """See ToolFormat."""
-    return _BEFORE + "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools) + _AFTER
+    return describe_wrapped(_BEFORE, tools, _AFTER)
 
 
 def call(calls: Sequence[Call]) -> str:
@@ -50,5 +50,4 @@ def _arguments(call: Call) -> str:
 def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
     """See ToolFormat."""
     found = [one for one in _CALL.finditer(text) if not _ARGUMENT.sub("", one[2]).strip()]
-    calls = [Call(one[1], typed(_ARGUMENT.findall(one[2]), tools, one[1])) for one in found]
-    return outside(text, [one.span() for one in found]), calls
+    return read_matches(text, found, _ARGUMENT, tools)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from luthier.core.types import Call
 from luthier.data.tool_jinja import WRAPPED, ToolJinja, each_call, each_tool, json_call, says
-from luthier.data.tool_text import as_json, json_calls
+from luthier.data.tool_text import as_dict, as_json, json_calls
 from luthier.data.tools import Definition, Parsed, wrapped_definition
 
 JOINT = ""
@@ -34,7 +34,7 @@ def describe(tools: Sequence[Definition], date: str) -> str:
 
 def call(calls: Sequence[Call]) -> str:
     """See ToolFormat."""
-    written = [{"name": call.name, "parameters": call.arguments} for call in calls]
+    written = [as_dict(call, "parameters") for call in calls]
     return as_json(written[0] if len(written) == 1 else written)
 
 

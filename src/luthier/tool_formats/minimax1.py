@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from luthier.core.types import Call
 from luthier.data.tool_jinja import ToolJinja, each_call, each_tool, json_call, says
-from luthier.data.tool_text import as_json, json_calls
+from luthier.data.tool_text import as_dict, as_json, json_calls
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n"
@@ -31,7 +31,7 @@ def describe(tools: Sequence[Definition], date: str) -> str:
 
 def call(calls: Sequence[Call]) -> str:
     """See ToolFormat."""
-    lines = "\n".join(as_json({"name": call.name, "arguments": call.arguments}) for call in calls)
+    lines = "\n".join(as_json(as_dict(call)) for call in calls)
     return f"<tool_calls>\n{lines}\n</tool_calls>"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from luthier.core.types import Call
 from luthier.data.tool_jinja import ToolJinja, each_call, each_tool, json_call, says
-from luthier.data.tool_text import as_json, json_calls
+from luthier.data.tool_text import as_dict, as_json, json_calls
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n"
@@ -24,7 +24,7 @@ def describe(tools: Sequence[Definition], date: str) -> str:
 
 def call(calls: Sequence[Call]) -> str:
     """See ToolFormat."""
-    return "functools" + as_json([{"name": call.name, "arguments": call.arguments} for call in calls])
+    return "functools" + as_json([as_dict(call) for call in calls])
 
 
 def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:

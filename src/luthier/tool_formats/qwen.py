@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luthier.core.types import Call
-from luthier.data.tool_jinja import WRAPPED, ToolJinja, each_call, each_tool, json_call, says
-from luthier.data.tool_text import as_json, read_tagged, write_tagged
-from luthier.data.tools import Definition, Parsed, wrapped_definition
+from luthier.data.tool_jinja import TAGGED_CALLS, WRAPPED_LINES, ToolJinja, says
+from luthier.data.tool_text import describe_wrapped, read_tagged, write_tagged
+from luthier.data.tools import Definition
 
 JOINT = "\n"
 _BEFORE = (
@@ -19,22 +18,13 @@ _AFTER = (
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}'
     "\n</tool_call>"
 )
-JINJA = ToolJinja(
-    describe=says(_BEFORE) + each_tool("{{ '\\n' + " + WRAPPED + "|tojson }}") + says(_AFTER),
-    call=each_call(says("<tool_call>\n") + json_call() + says("\n</tool_call>"), joint="\n"),
-)
+JINJA = ToolJinja(describe=says(_BEFORE) + WRAPPED_LINES + says(_AFTER), call=TAGGED_CALLS)
 
 
 def describe(tools: Sequence[Definition], date: str) -> str:
     """See ToolFormat."""
-    return _BEFORE + "".join("\n" + as_json(wrapped_definition(tool)) for tool in tools) + _AFTER
+    return describe_wrapped(_BEFORE, tools, _AFTER)
 
 
-def call(calls: Sequence[Call]) -> str:
-    """See ToolFormat."""
-    return write_tagged(calls)
-
-
-def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
-    """See ToolFormat."""
-    return read_tagged(text)
+call = write_tagged
+parse = read_tagged

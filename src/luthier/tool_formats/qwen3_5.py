@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from luthier.core.types import Call
 from luthier.data.tool_jinja import VALUE, ToolJinja, each_argument, each_call, each_tool, says
-from luthier.data.tool_text import as_json, as_value, named, outside, typed
+from luthier.data.tool_text import as_json, as_value, named, read_matches
 from luthier.data.tools import Definition, Parsed
 
 JOINT = "\n\n"
@@ -56,6 +56,4 @@ def _parameters(call: Call) -> str:
 
 def parse(text: str, tools: Sequence[Definition] = ()) -> Parsed:
     """See ToolFormat."""
-    found = list(_CALL.finditer(text))
-    calls = [Call(one[1], typed(_PARAMETER.findall(one[2]), tools, one[1])) for one in found]
-    return outside(text, [one.span() for one in found]), calls
+    return read_matches(text, list(_CALL.finditer(text)), _PARAMETER, tools)
