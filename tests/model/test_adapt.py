@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.adapters import freeze, full, lora
+from luthier.adapters import freeze, full, lora, oft
 from luthier.core.errors import ConfigError, ModelError
 from luthier.model.adapt import AdapterConfig, adapt, attach, merge
 from luthier.model.load import ModelConfig, load_model
@@ -61,6 +61,18 @@ def test_saved_and_loaded_again_it_says_the_same(tmp_path):
     assert (wanted - logits(build_model("llama"))).abs().max() > 0.1
     assert torch.equal(logits(attach(build_model("llama"), tmp_path)), wanted)
     torch.testing.assert_close(logits(ready(build_model("llama"), adapter_name_or_path=str(tmp_path))), wanted)
+
+
+@pytest.mark.parametrize(("method", "keys"), [("lora", lora.Config()), ("oft", oft.Config())])
+def test_what_is_saved_of_an_adapter_is_the_same_in_every_process(tmp_path, method, keys):
+    """Not in the order of a set of names, which each process hashes in its own way."""
+    folder = tmp_path / "once"
+    ready(build_model("llama"), trainable=True, keys=keys, finetuning_type=method).save_pretrained(folder)
+    again = ready(build_model("llama"), trainable=True, adapter_name_or_path=str(folder))
+    again.save_pretrained(tmp_path / "again")
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    for place in (folder, tmp_path / "again"):
+        assert json.loads((place / "adapter_config.json").read_text())["target_modules"] == names
 
 
 def test_for_inference_all_adapters_are_merged_in_order(tmp_path):

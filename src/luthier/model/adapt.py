@@ -307,6 +307,7 @@ def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, config: ModelCon
             parameter.data = parameter.data.float()
     if config.upcast_layernorm:
         _upcast_norms(model)
+    _in_order(model)
     if count_parameters(model).trainable == 0:
         raise ConfigError("Nothing would be trained: every weight of the model is frozen.")
     if config.print_param_status:
@@ -314,6 +315,15 @@ def _ready(model: PreTrainedModel | PeftModel, *, upcast: bool, config: ModelCon
             state = "trained" if parameter.requires_grad else "frozen"
             log.info("%s  %s  %s  %s  %s", name, tuple(parameter.shape), parameter.dtype, parameter.device, state)
     return model.train()
+
+
+def _in_order(model: nn.Module) -> None:
+    """peft keeps names in sets, whose order differs from process to process; what a run writes must not."""
+    from peft import PeftModel
+
+    for settings in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
 
 
 def _upcast_norms(model: nn.Module) -> None:

@@ -116,6 +116,8 @@ def convert(folder: Path) -> None:
 def _plain(settings: LoraConfig) -> LoraConfig:
     plain = copy.deepcopy(settings)
     plain.init_lora_weights = True
+    if isinstance(plain.target_modules, set):  # of an order that differs from process to process
+        plain.target_modules = sorted(plain.target_modules)
     return plain
 
 
