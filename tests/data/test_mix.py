@@ -60,6 +60,11 @@ def test_weights_when_interleaving_are_probabilities():
     assert tuples(weighted) == tuples(mix([50, 60], "interleave_over", probabilities=[0.75, 0.25], seed=5))
 
 
+def test_probabilities_that_add_up_to_one_as_written_are_made_to_exactly():
+    rounded, exact = (mix([5, 5, 5], "interleave_over", probabilities=[p] * 3, seed=2) for p in (0.3333333, 1 / 3))
+    assert tuples(rounded) == tuples(exact)
+
+
 def test_what_cannot_be_mixed():
     with pytest.raises(ConfigError, match="2 numbers for 3 data sets"):
         mix([1, 2, 3], "interleave_under", probabilities=[0.5, 0.5], seed=0)

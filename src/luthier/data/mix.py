@@ -111,12 +111,16 @@ def _draw(lengths: np.ndarray, probabilities: np.ndarray, strategy: str, seed: i
         raise ConfigError(
             f"interleave_probs: a set with probability 0 is never exhausted, as {strategy} wants it to be."
         )
+    # Numbers such as 0.3333333 add up to 1 well enough for a user, and not for numpy.
+    probabilities = probabilities / probabilities.sum()
     rng = np.random.default_rng(seed)
-    draws = np.zeros(0, np.int64)
+    blocks, counts = [], np.zeros(len(lengths), np.int64)
     done = np.any if strategy == "interleave_under" else np.all
-    while not done(np.bincount(draws, minlength=len(lengths))[drawable] >= lengths[drawable]):
+    while not done(counts[drawable] >= lengths[drawable]):
         # Blocks of 1000, as `datasets` draws them, so that the same seed gives the same order.
-        draws = np.concatenate([draws, rng.choice(len(lengths), size=1000, p=probabilities)])
+        blocks.append(rng.choice(len(lengths), size=1000, p=probabilities))
+        counts += np.bincount(blocks[-1], minlength=len(lengths))
+    draws = np.concatenate([np.zeros(0, np.int64), *blocks])
     nth = np.empty(len(draws), np.int64)
     last = np.full(len(lengths), len(draws))
     for which, length in enumerate(lengths):
