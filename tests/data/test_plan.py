@@ -26,6 +26,19 @@ def test_best_fit():
     assert len(pack([10, 10, 10], 10)) == 3
 
 
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(8, 32))
+def test_each_item_goes_to_the_row_it_fills_best(sizes, capacity):
+    rows: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        left = [capacity - sum(sizes[i] for i in row) - sizes[item] for row in rows]
+        fitting = [(room, -nth) for nth, room in enumerate(left) if room >= 0]
+        if fitting:
+            rows[-min(fitting)[1]].append(item)
+        else:
+            rows.append([item])
+    assert pack(sizes, capacity) == sorted(sorted(row) for row in rows)
+
+
 def _choice(wish, tree, path, longest, answers, batch=2):
     arrays = {"tree_tokens": tree, "path_tokens": path, "longest": longest, "answers": answers}
     arrays = {name: np.array(values) for name, values in arrays.items()}
@@ -38,3 +51,11 @@ def test_layout_follows_what_is_saved():
     assert _choice("auto", [50, 50], [50, 50], [50, 50], [1, 1]).layout == "padded"
     assert _choice("padded", [60, 60], [100, 100], [50, 50], [2, 2]).layout == "padded"
     assert _choice("auto", [10, 90], [10, 90], [10, 90], [1, 1]).padded_tokens == 180
+
+
+def test_padded_tokens_of_micro_batches():
+    sizes = {name: np.array([30, 10, 20, 40]) for name in ("tree_tokens", "path_tokens", "longest")}
+    bundles, answers = [[0, 1], [], [2], [3]], np.array([1, 2, 1, 3])
+    # Three answers of 30, none, one of 20 and three of 40; by twos, 3 * 30 and 4 * 40.
+    assert choose_layout("auto", bundles=bundles, batch_size=1, answers=answers, **sizes).padded_tokens == 90 + 20 + 120
+    assert choose_layout("auto", bundles=bundles, batch_size=2, answers=answers, **sizes).padded_tokens == 90 + 160

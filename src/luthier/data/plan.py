@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import chain
 
 import numpy as np
 
@@ -46,10 +48,7 @@ def choose_layout(
     All arrays have one entry per example. Padded tokens are estimated with `batch_size` bundles per micro-batch in
     the order given, every answer a row.
     """
-    padded = 0
-    for start in range(0, len(bundles), batch_size):
-        members = [i for bundle in bundles[start : start + batch_size] for i in bundle]
-        padded += int(longest[members].max() * answers[members].sum()) if members else 0
+    padded = _padded_tokens(bundles, longest, answers, batch_size)
     shared, plain = int(tree_tokens.sum()), int(path_tokens.sum())
     layout = wish
     if wish == "auto":
@@ -60,6 +59,16 @@ def choose_layout(
     return Choice(layout, shared, plain, padded)
 
 
+def _padded_tokens(bundles: Sequence[Sequence[int]], longest: np.ndarray, answers: np.ndarray, batch_size: int) -> int:
+    """Answers times the longest path, summed over the micro-batches."""
+    members = np.fromiter(chain.from_iterable(bundles), np.int64)
+    batch = np.repeat(np.arange(len(bundles)) // batch_size, [len(bundle) for bundle in bundles])
+    width, rows = np.zeros((2, -(-len(bundles) // batch_size)), np.int64)
+    np.maximum.at(width, batch, longest[members])
+    np.add.at(rows, batch, answers[members])
+    return int(width @ rows)
+
+
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Group items into rows of at most `capacity` tokens, best fit first; an item larger than that has its own row.
 
@@ -67,15 +76,25 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     and come in the order of their first item, so that the plan depends on nothing but the sizes.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, -row), sorted: the fullest row that still fits comes first
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = bisect_left(room, (sizes[item], -len(rows)))
+    room: list[int] = []
+    """How many tokens rows have left, each number once, ascending: there are at most `capacity` of them."""
+    rows_with: dict[int, list[int]] = {}
+    """Tokens left -> the rows that have so many left, as a heap of negative numbers: the latest row first."""
+    for item in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+        place = bisect_left(room, sizes[item])
         if place < len(room):
-            left, row = room.pop(place)
+            left = room[place]
+            row = -heappop(rows_with[left])
+            if not rows_with[left]:
+                del room[place]
         else:
-            left, row = capacity, -len(rows)
+            left, row = capacity, len(rows)
             rows.append([])
-        rows[-row].append(item)
-        if left - sizes[item] > 0:
-            insort(room, (left - sizes[item], row))
+        rows[row].append(item)
+        left -= sizes[item]
+        if left > 0:
+            fitting = rows_with.setdefault(left, [])
+            if not fitting:
+                insort(room, left)
+            heappush(fitting, -row)
     return sorted(sorted(row) for row in rows)
