@@ -12,7 +12,8 @@ import pytest
 
 import luthier
 from luthier import cli, launch
-from luthier.cli import VERBS, main, parse_command
+from luthier.cli import main
+from luthier.commands import VERBS, parse_command
 from luthier.core.errors import ConfigError, DataError
 from luthier.keys import USUAL
 from luthier.run import resolve

@@ -13,7 +13,8 @@ import transformers
 import yaml
 
 from luthier import evaluation
-from luthier.cli import main, parse_command
+from luthier.cli import main
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError
 from luthier.train.keys import training_keys
 from tests.conftest import save_lively_model

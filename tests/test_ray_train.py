@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from luthier import cli, ray_train, ray_worker
+from luthier.commands import Command
 from luthier.core.errors import ConfigError, DataError
 from luthier.fit import Result
 from luthier.launch import LaunchConfig
@@ -71,7 +72,7 @@ def test_arguments_of_the_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = {"ray_num_workers": 2, "ray_run_name": "mine", "ray_storage_path": "kept", "placement_strategy": "SPREAD"}
     run = SimpleNamespace(launch=LaunchConfig(**keys), training={"ddp_timeout": 77})
-    command = cli.Command("a b.yaml", ["seed=1"], {})
+    command = Command("a b.yaml", ["seed=1"], {})
     made = ray_train._trainer(run, command, {"CPU": 3}, tmp_path / "out" / "ray", 5)
     scaling, config = made.scaling_config, made.run_config
     assert (scaling.num_workers, scaling.placement_strategy) == (2, "SPREAD")
@@ -88,7 +89,7 @@ def test_restarts_are_a_number(monkeypatch, tmp_path):
     monkeypatch.setenv("MAX_RESTARTS", "often")
     monkeypatch.setattr(ray_train, "resolve", lambda *args, **options: None)
     with pytest.raises(ConfigError, match="MAX_RESTARTS=often: expected a whole number"):
-        ray_train.main(cli.Command({}, [], {}))
+        ray_train.main(Command({}, [], {}))
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path, capfd):

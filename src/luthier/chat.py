@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
+from luthier.commands import parse_command
 from luthier.core.errors import DataError, LuthierError
 from luthier.core.log import get_logger
 from luthier.core.types import Message
@@ -107,7 +108,6 @@ class Chat:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    from luthier.cli import parse_command
     from luthier.run import resolve
 
     command = parse_command(argv, "chat")

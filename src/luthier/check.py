@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier import resolved
+from luthier.commands import parse_command
 from luthier.core import log as logging
 from luthier.core.config import read
 from luthier.core.errors import ConfigError
@@ -176,8 +177,6 @@ def _checkpointing(args: Any) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier check CONFIG [--config-only [--json]] [key=value ...]`."""
-    from luthier.cli import parse_command
-
     command = parse_command(argv, "check")
     if command.flags["json"] and not command.flags["config-only"]:
         raise ConfigError("--json prints the resolved configuration: write --config-only --json.")

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, DataError, LuthierError, refuse_all
 from luthier.core.log import get_logger
 from luthier.core.registry import names
@@ -60,7 +61,6 @@ class CollectConfig:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    from luthier.cli import parse_command
     from luthier.collection import HELD_OUT, Pair, claim, describe, summarise
     from luthier.infer import EXPECTED, read_row
     from luthier.resumable import read_examples

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from luthier import __version__
+from luthier.commands import parse_command
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic", "omegaconf", "rich")
 
@@ -41,8 +42,6 @@ def _accelerators() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier env`."""
-    from luthier.cli import parse_command
-
     parse_command(argv, "env")
     found = facts()
     width = max(map(len, found))

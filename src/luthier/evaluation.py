@@ -29,6 +29,7 @@ from luthier.assemble import (
     one_device_each,
     weights,
 )
+from luthier.commands import Command, parse_command
 from luthier.core import log as logging
 from luthier.core.errors import ConfigError, ModelError
 from luthier.run import Run, resolve
@@ -36,7 +37,6 @@ from luthier.run import Run, resolve
 if TYPE_CHECKING:
     import transformers
 
-    from luthier.cli import Command
     from luthier.model.policy import PolicySetup
     from luthier.train.trainer import Trainer
 
@@ -262,8 +262,6 @@ def _introduce(subject: Subject) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier eval CONFIG [--output FOLDER] [--as-is] [key=value ...]`."""
-    from luthier.cli import parse_command
-
     subject = subject_of(parse_command(argv, "eval"))
     subject.run.announce(log)
     _introduce(subject)

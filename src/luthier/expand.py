@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.export import EXACT, ExportConfig, aside, logits_of, probe_tokens, save_whole, target_folder
@@ -38,7 +39,6 @@ BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 def main(argv: Sequence[str]) -> int:
     """`luthier expand CONFIG --blocks N export_dir=DIR [key=value ...]`."""
-    from luthier.cli import parse_command
     from luthier.run import resolve
 
     quiet_libraries()

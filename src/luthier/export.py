@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
@@ -101,7 +102,6 @@ class Form(Protocol):
 
 def main(argv: Sequence[str]) -> int:
     """`luthier export CONFIG [key=value ...]`."""
-    from luthier.cli import parse_command
     from luthier.export_reward import reward_form
     from luthier.run import resolve
 

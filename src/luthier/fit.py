@@ -23,6 +23,7 @@ from luthier.assemble import (
     one_device_each,
     weights,
 )
+from luthier.commands import parse_command
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
@@ -300,8 +301,6 @@ def _stopped_by(trainer: Trainer) -> int | None:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier train CONFIG [key=value ...]`. Returns 128 + n if signal n stopped the run after a checkpoint."""
-    from luthier.cli import parse_command
-
     command = parse_command(argv, "train")
     run = resolve(command.config, command.overrides, verb="train")
     run.announce(log)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, DataError, LuthierError
 from luthier.core.log import get_logger
 from luthier.resumable import append, make, progress, read_examples, resume
@@ -61,7 +62,6 @@ class Question:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    from luthier.cli import parse_command
     from luthier.run import resolve
     from luthier.serving import load_engine
 

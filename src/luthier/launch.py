@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier import ranks
+from luthier.commands import parse_command
 from luthier.core.errors import ConfigError
 from luthier.core.kinds import is_true
 from luthier.torchrun import Plan, devices, run
@@ -45,8 +46,6 @@ class LaunchConfig:
 
 def main(argv: Sequence[str]) -> int:
     """`luthier train CONFIG [key=value ...]`."""
-    from luthier.cli import parse_command
-
     if ranks.started():
         ranks.follow_parent()
         return _here(argv)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.commands import parse_command
 from luthier.core import log as logging
 from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded
@@ -117,7 +118,6 @@ def show(run: Run, *, rows: int, count: int, plot: str | bool, full: bool) -> No
 def main(argv: Sequence[str]) -> int:
     """`luthier preview CONFIG`, or a batch that training kept; its flags are in `luthier preview --help`."""
     from luthier import preview_batch
-    from luthier.cli import parse_command
     from luthier.train import bad_batch
 
     command = parse_command(argv, "preview")

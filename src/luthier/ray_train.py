@@ -27,7 +27,7 @@ from luthier.ray_worker import STOP, clear, refusals, work
 from luthier.run import Run, resolve
 
 if TYPE_CHECKING:
-    from luthier.cli import Command
+    from luthier.commands import Command
     from luthier.launch import LaunchConfig
 
 log = get_logger("ray")

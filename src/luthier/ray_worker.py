@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import ranks
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, mendable
 from luthier.core.log import set_up
 from luthier.fit import fit
 from luthier.run import resolve
@@ -48,8 +48,6 @@ def work(settings: Mapping[str, Any]) -> int | None:
 
 def _verdict(error: Exception) -> tuple[int | None, str]:
     """Exit code and words for what would come again after a restart; None for what a restart may mend."""
-    from luthier.cli import mendable
-
     if (text := mendable(error)) is not None:
         return 2, f"error: {text}"
     if isinstance(error, RuntimeError | OSError):  # of CUDA, NCCL, gloo, a network's file system

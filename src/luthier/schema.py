@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier import rules
+from luthier.commands import parse_command
 from luthier.core import registry
 from luthier.core.compat import ENVIRONMENT, HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
 from luthier.core.config import Key, keys_of
@@ -201,8 +202,6 @@ PAGES = {"markdown": keys_page, "compatibility": compatibility_page}
 
 def main(argv: Sequence[str]) -> int:
     """`luthier schema [--markdown | --compatibility]`."""
-    from luthier.cli import parse_command
-
     flags = parse_command(argv, "schema").flags
     pages = [page for name, page in PAGES.items() if flags[name]]
     print("\n".join(page() for page in pages) or json.dumps(json_schema(), indent=2, default=str))

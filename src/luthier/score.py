@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.commands import parse_command
 from luthier.core.errors import DataError, LuthierError
 from luthier.core.log import get_logger
 from luthier.resumable import append, make, progress, read_examples, resume
@@ -57,7 +58,6 @@ class Exam:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    from luthier.cli import parse_command
     from luthier.run import resolve
     from luthier.serving import find_run, load_judge
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.commands import parse_command
 from luthier.core.log import get_logger
 from luthier.infer import EXPECTED, Question, question_of
 from luthier.infer import read_row as read_prompt
@@ -45,7 +46,6 @@ Way = Mapping[str, Any]
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    from luthier.cli import parse_command
     from luthier.run import resolve
     from luthier.speculative import find_fast, greedy, load_fast
 

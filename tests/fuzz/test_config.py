@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier import schema
-from luthier.cli import main, parse_command
+from luthier.cli import main
+from luthier.commands import parse_command
 from luthier.core.compat import REFUSED, RENAMED
 from luthier.core.errors import LuthierError
 from luthier.run import Run, resolve

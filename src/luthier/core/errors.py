@@ -13,6 +13,7 @@ A message says what is wrong (with the value), where (file, line, row), what was
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
@@ -49,3 +50,16 @@ class CheckpointError(LuthierError, RuntimeError):
 
 class TrainingError(LuthierError, RuntimeError):
     """A run cannot go on; the last complete checkpoint is intact."""
+
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a disk may answer that is no fault of the program."""
+
+
+def mendable(error: Exception) -> str | None:
+    """What to tell a user who can mend this; None for what is no user's mistake."""
+    if isinstance(error, LuthierError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        return f"{error.filename or 'a file'}: {error.strerror}. Free space or permissions there."
+    return None
