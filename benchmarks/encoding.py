@@ -48,7 +48,7 @@ def worker(options: argparse.Namespace) -> None:
     from luthier.data.encode import prepare
     from luthier.data.source import DataConfig
     from luthier.data.template import TemplateConfig, make_renderer
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
     from luthier.model.tokenizer import load_tokenizer
     from luthier.objectives.sft import Sft
 

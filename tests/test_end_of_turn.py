@@ -107,7 +107,7 @@ def test_lora_weights_reach_every_layout(model_folder):
     """Gradients of an adapter on a frozen base, with gradient checkpointing, are those without it."""
     from luthier.adapters.lora import Config
     from luthier.model.adapt import AdapterConfig, adapt
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
 
     renderer = make_renderer(TemplateConfig(), build_tokenizer())
     items = [(item, "") for item in Sft().encode(EXAMPLE, renderer, cutoff_len=200)]

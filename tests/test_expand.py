@@ -10,7 +10,8 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.expand import deepen, expand
 from luthier.export import ExportConfig
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from tests.conftest import TINY, build_model, build_tokenizer
 
 IDS = torch.arange(10, 42).reshape(2, 16)

@@ -283,8 +283,9 @@ def test_scores_are_those_of_training(base, judge, tmp_path):
     """Not a plain computation but the training side of Luthier: evaluation records of the same rows."""
     from luthier.data.layout import collate
     from luthier.data.template import TemplateConfig, make_renderer
-    from luthier.model.load import ModelConfig, load_model
+    from luthier.model.load import load_model
     from luthier.model.policy import PolicySetup
+    from luthier.model.source import ModelConfig
     from luthier.objectives.rm import Rm
     from luthier.score import read_row
 

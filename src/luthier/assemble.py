@@ -34,7 +34,7 @@ def read_data(run: Run, data: DataConfig, *, seed: int) -> tuple[Any, Prepared]:
     """As `load_data`, of other data than the run's own, in silence."""
     from luthier.data.bare import Bare
     from luthier.data.encode import prepare
-    from luthier.model.load import access
+    from luthier.model.source import access
     from luthier.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)

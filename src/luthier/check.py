@@ -97,7 +97,7 @@ def skeleton(run: Run) -> nn.Module:
 
     from luthier.core.registry import find
     from luthier.model.adapt import adapt
-    from luthier.model.load import auto_class, read_settings
+    from luthier.model.source import auto_class, read_settings
 
     settings = read_settings(run.model)
     half = run.training.get("bf16") and find("adapters", run.adapter.finetuning_type).IS_ADAPTER
@@ -114,8 +114,8 @@ def check(run: Run) -> list[str]:
     from luthier.assemble import choose_optimiser, layout_wish
     from luthier.data.compare import compare
     from luthier.model.adapt import count_parameters
-    from luthier.model.load import read_settings, sees
     from luthier.model.quantise import loading
+    from luthier.model.source import read_settings, sees
     from luthier.model.tokenizer import load_tokenizer
     from luthier.preview import prepare_data
     from luthier.train.config import training_arguments

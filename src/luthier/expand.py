@@ -17,9 +17,10 @@ from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.export import EXACT, ExportConfig, aside, logits_of, probe_tokens, save_whole, target_folder
-from luthier.model.load import ModelConfig, load_model, refuse_scratch, sees
+from luthier.model.load import load_model
 from luthier.model.modules import layers
 from luthier.model.quantise import quantised
+from luthier.model.source import ModelConfig, refuse_scratch, sees
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

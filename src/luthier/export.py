@@ -20,9 +20,10 @@ from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger, quiet_libraries
 from luthier.model.adapt import AdapterConfig, adapter_folders, attach, merge
-from luthier.model.load import ModelConfig, load_model, read_settings, refuse_scratch, sees
+from luthier.model.load import load_model
 from luthier.model.processor import KeepProcessor
 from luthier.model.quantise import QuantConfig, loading
+from luthier.model.source import ModelConfig, read_settings, refuse_scratch, sees
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from luthier.core.errors import ConfigError, ModelError
 from luthier.export import EXACT, ROUNDED, Form, digests
 from luthier.model import heads
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from luthier.model.tokenizer import PADS, load_tokenizer
 
 if TYPE_CHECKING:

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from luthier.export import ExportConfig
     from luthier.launch import LaunchConfig
     from luthier.model.adapt import AdapterConfig
-    from luthier.model.load import ModelConfig
     from luthier.model.quantise import QuantConfig
     from luthier.model.reference import ReferenceConfig
+    from luthier.model.source import ModelConfig
     from luthier.train.resume import ResumeConfig
 
 __all__ = ["OWNERS", "Run", "RunConfig", "Source", "resolve"]
@@ -56,7 +56,7 @@ class RunConfig:
 
 OWNERS: dict[str, str] = {
     "run": "luthier.run:RunConfig",
-    "model": "luthier.model.load:ModelConfig",
+    "model": "luthier.model.source:ModelConfig",
     "quant": "luthier.model.quantise:QuantConfig",
     "data": "luthier.data.source:DataConfig",
     "media": "luthier.data.media:MediaConfig",

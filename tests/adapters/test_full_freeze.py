@@ -8,7 +8,7 @@ import torch
 from luthier.adapters import freeze, full
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt, count_parameters
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 ATTENTION = {f"self_attn.{name}_proj.weight" for name in "qkvo"}

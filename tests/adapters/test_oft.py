@@ -8,7 +8,7 @@ import torch
 from luthier.adapters import oft
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt, attach, merge
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 HERE = ModelConfig(model_name_or_path="unused")

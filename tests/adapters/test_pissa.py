@@ -13,7 +13,7 @@ from luthier.adapters import lora
 from luthier.core.errors import ConfigError, ModelError
 from luthier.model import pissa
 from luthier.model.adapt import AdapterConfig, adapt, sidecars
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 HERE = ModelConfig(model_name_or_path="unused")

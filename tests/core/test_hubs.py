@@ -16,7 +16,7 @@ from luthier.data.encode import prepare
 from luthier.data.info import sources
 from luthier.data.source import DataConfig
 from luthier.data.template import TemplateConfig, make_renderer
-from luthier.model.load import ModelConfig, read_settings
+from luthier.model.source import ModelConfig, read_settings
 from luthier.model.tokenizer import load_tokenizer
 from luthier.objectives.sft import Sft
 from tests.conftest import build_model, build_tokenizer

@@ -11,7 +11,7 @@ from luthier.drafters.early_exit import first_layers
 from luthier.drafters.prompt_lookup import PromptLookup
 from luthier.engines.drafting import SpeculateConfig, make_drafter
 from luthier.engines.target import Cached, Target
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model, build_tokenizer
 
 KINDS = ("llama", "mistral", "qwen3", "gemma3", "gpt2")

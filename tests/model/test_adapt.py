@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from luthier.adapters import freeze, full, lora, oft
 from luthier.core.errors import ConfigError, ModelError
 from luthier.model.adapt import AdapterConfig, adapt, attach, merge
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from luthier.model.tokenizer import load_tokenizer
 from tests.conftest import build_model, build_tokenizer
 

@@ -11,7 +11,7 @@ from luthier.adapters import lora
 from luthier.check import estimate
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 

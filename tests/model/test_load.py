@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ConfigError, ModelError
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from luthier.model.tokenizer import load_tokenizer
 from tests.conftest import build_model, build_tokenizer
 
@@ -237,7 +238,7 @@ def test_settings_can_be_made_without_torch():
     import sys
 
     code = (
-        "import sys; from luthier.model.load import ModelConfig; from luthier.model.adapt import AdapterConfig; "
+        "import sys; from luthier.model.source import ModelConfig; from luthier.model.adapt import AdapterConfig; "
         "from luthier.adapters import lora, full, freeze; from luthier.export import ExportConfig; lora.Config(); "
         "sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )

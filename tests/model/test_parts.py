@@ -14,7 +14,8 @@ from torch.distributed import checkpoint as dcp
 from luthier.core.errors import ModelError
 from luthier.model import parts
 from luthier.model.adapt import AdapterConfig, adapter_folders
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 

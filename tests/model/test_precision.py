@@ -8,7 +8,8 @@ import torch
 from luthier.adapters import full, lora
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from luthier.train.config import TrainConfig, derive, training_arguments
 from tests.conftest import build_model
 

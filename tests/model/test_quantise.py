@@ -11,8 +11,9 @@ import torch
 from luthier.adapters import full, lora, oft
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
 from luthier.model.quantise import QuantConfig, stored_as
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model, build_tokenizer
 
 IDS = torch.arange(10, 42).reshape(2, 16)

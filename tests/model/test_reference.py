@@ -10,9 +10,10 @@ from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded, Path
 from luthier.data.layout import collate
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
 from luthier.model.policy import PolicySetup
 from luthier.model.reference import AdapterOff, FrozenModel, ReferenceConfig, make_reference
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 ITEMS = [(Encoded((Path([9, 8, 7, 11, 12], [0.0, 0, 1, 1, 1]), Path([9, 8, 20, 21], [0.0, 0, 1, 1]))), "a")]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from tests.conftest import build_model
 
 

@@ -11,8 +11,8 @@ from luthier.core.errors import ModelError
 from luthier.core.types import Encoded, Path
 from luthier.data.layout import collate
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig
 from luthier.model.policy import PolicySetup
+from luthier.model.source import ModelConfig
 from luthier.objectives.sft import Sft
 from luthier.train import by_hand
 from tests.conftest import TINY, build_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.core.errors import ModelError
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from luthier.model.tokenizer import load_tokenizer
 from tests.conftest import build_tokenizer
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError
-from luthier.model.load import ModelConfig, load_model
+from luthier.model.load import load_model
+from luthier.model.source import ModelConfig
 from luthier.model.tokenizer import load_tokenizer
 from tests.conftest import build_model, build_tokenizer
 

@@ -116,8 +116,8 @@ def build_qwen(kind: str, folder: Path, seed: int, patch: int, sight: dict[str, 
     import torch
     import transformers
 
-    from luthier.model.load import ModelConfig
     from luthier.model.processor import load_processor
+    from luthier.model.source import ModelConfig
 
     tokenizer = build_tokenizer(extra_specials=MARKS)
     image, video, start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in MARKS)

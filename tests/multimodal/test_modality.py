@@ -9,8 +9,8 @@ import pytest
 from luthier.core.errors import ConfigError
 from luthier.core.registry import find
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig
 from luthier.model.modality import part_of
+from luthier.model.source import ModelConfig
 
 PREFIXES = {
     "llava": {"vision": ("model.vision_tower.",), "projector": ("model.multi_modal_projector.",)},

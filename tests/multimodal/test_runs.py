@@ -11,8 +11,8 @@ import torch
 
 from luthier.core.errors import DataError
 from luthier.fit import fit
-from luthier.model.load import ModelConfig
 from luthier.model.processor import load_processor
+from luthier.model.source import ModelConfig
 from luthier.run import resolve
 from tests.multimodal.conftest import row, write
 

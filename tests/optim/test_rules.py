@@ -13,7 +13,7 @@ from luthier.adapters import lora
 from luthier.core.errors import ConfigError
 from luthier.core.registry import find
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig
+from luthier.model.source import ModelConfig
 from luthier.optim import adam_mini, apollo, badam, galore, loraplus, muon
 from luthier.optim._task import Task, matrices
 from tests.conftest import build_model

@@ -149,8 +149,9 @@ def test_the_optimiser_moves_by_signs(mine):
 
 def test_the_quantisation_leaves_down_projections_whole(mine, model_folder):
     pytest.importorskip("bitsandbytes")
-    from luthier.model.load import ModelConfig, load_model
+    from luthier.model.load import load_model
     from luthier.model.quantise import QuantConfig
+    from luthier.model.source import ModelConfig
 
     quant = QuantConfig(quantization_bit=8, quantization_method="careful")
     model = load_model(ModelConfig(model_name_or_path=str(model_folder)), quant=quant)

@@ -16,9 +16,9 @@ from luthier.core.types import Encoded
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
 from luthier.model.adapt import AdapterConfig, adapt
-from luthier.model.load import ModelConfig
 from luthier.model.policy import REFERENCE_COLUMN, PolicySetup
 from luthier.model.reference import AdapterOff, FrozenModel
+from luthier.model.source import ModelConfig
 from luthier.train.precompute import Precompute, fingerprint
 from luthier.train.sampler import Bundles, Collator
 

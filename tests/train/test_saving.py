@@ -217,7 +217,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, said
 
 
 def test_damaged_weights_are_refused_by_name_where_they_are_loaded(tmp_path):
-    from luthier.model.load import ModelConfig, load_model
+    from luthier.model.load import load_model
+    from luthier.model.source import ModelConfig
 
     trainer_for("sft", tmp_path).save_final()
     config = ModelConfig(model_name_or_path=str(tmp_path))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from luthier.engines.drafting import SpeculateConfig
     from luthier.engines.target import Target
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
 
 
 class PromptLookup:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from luthier.engines.target import Drafter, Target
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
 from luthier.core.registry import find
 from luthier.model import modality, pissa, rope
-from luthier.model.load import ModelConfig, hub, local_folder, no_source, refuse_scratch, sees
 from luthier.model.modules import as_names, embeddings, tied
 from luthier.model.processor import KeepProcessor
 from luthier.model.quantise import prepare_training, quantised
+from luthier.model.source import ModelConfig, hub, local_folder, no_source, refuse_scratch, sees
 
 if TYPE_CHECKING:
     from peft import PeftModel

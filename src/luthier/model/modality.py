@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
-from luthier.model.load import sees
 from luthier.model.modules import as_names, embeddings, linear, matching
+from luthier.model.source import sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

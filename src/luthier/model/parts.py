@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint import FileSystemReader
 
     from luthier.model.adapt import AdapterConfig
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
 
 log = get_logger("model")
 

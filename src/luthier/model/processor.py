@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ModelError
-from luthier.model.load import ModelConfig, hub, model_folder, no_source, sees
+from luthier.model.source import ModelConfig, hub, model_folder, no_source, sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

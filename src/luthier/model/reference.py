@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.core.batch import Batch
-    from luthier.model.load import ModelConfig
     from luthier.model.policy import PolicySetup
+    from luthier.model.source import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.log import get_logger
-from luthier.model.load import ModelConfig, hub, model_folder, no_source
 from luthier.model.modules import as_names
+from luthier.model.source import ModelConfig, hub, model_folder, no_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from luthier.model.load import ModelConfig
+    from luthier.model.source import ModelConfig
 
 log = get_logger("model")
 
