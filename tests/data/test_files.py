@@ -72,6 +72,16 @@ def test_every_kind_of_file(tmp_path, name):
     assert again.take([6]) == [ROWS[6]]
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow", "file.arrow"])
+def test_a_table_is_not_parsed_anew_for_every_group(tmp_path, monkeypatch, name):
+    """What lists the groups grows with their number, so that reading it for each takes time by its square."""
+    WRITERS[name](tmp_path / name)
+    (file,) = opened(tmp_path / name)
+    for module, reader in ((pa.ipc, "open_stream"), (pa.ipc, "open_file"), (pyarrow.parquet, "read_metadata")):
+        monkeypatch.setattr(module, reader, None)
+    assert [dict(row) for row in file.take(range(7))] == ROWS
+
+
 def test_lines_of_text(tmp_path):
     (file,) = opened(write(tmp_path / "a.txt", "one\r\n\n   \ntwo \nthree"))
     assert file.take(range(3)) == [{"text": "one"}, {"text": "two "}, {"text": "three"}]

@@ -114,13 +114,12 @@ class Json(File):
         return [self._rows[i] for i in index]
 
 
-class Table(File):
-    """A parquet or arrow file, memory-mapped or read by row group."""
+class _Table(File):
+    """A file that is read group by group: of the rows asked for, one group's worth is in memory."""
 
-    def __init__(self, path: Path, sizes: Sequence[int], load: Callable[[Path, int], Any]):
+    def __init__(self, path: Path, sizes: Sequence[int]):
         super().__init__(path)
         self._ends = np.cumsum(np.asarray(sizes, np.int64))
-        self._load = load
         self._held: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
@@ -139,10 +138,49 @@ class Table(File):
             while stop < len(index) and first <= index[stop] < self._ends[group]:
                 stop += 1
             if self._held[0] != group:
-                self._held = (group, self._load(self.path, group))
+                self._held = (group, self._read(group))
             rows += self._held[1].take([i - first for i in index[at:stop]]).to_pylist()
             at = stop
         return rows
+
+    @abstractmethod
+    def _read(self, group: int) -> Any:
+        """A group as something of pyarrow's that has `take` and `to_pylist`."""
+
+
+class Parquet(_Table):
+    """A parquet file, read by row group."""
+
+    def __init__(self, path: Path):
+        from pyarrow import parquet
+
+        with _readable(path, "a parquet"):
+            # Kept, since parsing it takes time in proportion to the number of groups.
+            self._metadata = parquet.read_metadata(path)
+        super().__init__(path, [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)])
+
+    def _read(self, group: int) -> Any:
+        from pyarrow import parquet
+
+        with _readable(self.path, "a parquet"), parquet.ParquetFile(self.path, metadata=self._metadata) as file:
+            return file.read_row_group(group)
+
+
+class Arrow(_Table):
+    """An arrow file or stream, memory-mapped."""
+
+    def __init__(self, path: Path):
+        batches = _arrow_batches(path)
+        super().__init__(path, [batch.num_rows for batch in batches])
+        self._batches: list[Any] | None = batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_batches": None}  # another process maps the same file
+
+    def _read(self, group: int) -> Any:
+        if self._batches is None:
+            self._batches = _arrow_batches(self.path)
+        return self._batches[group]
 
 
 def open_source(source: Source, *, reach: int | None = None, access: hubs.Access = hubs.OPEN) -> list[File]:
@@ -237,31 +275,6 @@ def _open_csv(path: Path) -> File:
     return Json(path, rows)
 
 
-def _open_parquet(path: Path) -> File:
-    from pyarrow import parquet
-
-    with _readable(path, "a parquet"):
-        metadata = parquet.read_metadata(path)
-        return Table(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _row_group)
-
-
-def _row_group(path: Path, group: int) -> Any:
-    from pyarrow import parquet
-
-    with _readable(path, "a parquet"):
-        return parquet.ParquetFile(path).read_row_group(group)
-
-
-def _open_arrow(path: Path) -> File:
-    return Table(path, [batch.num_rows for batch in _arrow_batches(path)], _arrow_batch)
-
-
-def _arrow_batch(path: Path, group: int) -> Any:
-    import pyarrow
-
-    return pyarrow.Table.from_batches([_arrow_batches(path)[group]])
-
-
 def _arrow_batches(path: Path) -> list[Any]:
     import pyarrow
 
@@ -321,7 +334,7 @@ OPENERS: Mapping[str, Callable[[Path], File]] = {
     ".json": _open_json,
     ".jsonl": Jsonl,
     ".csv": _open_csv,
-    ".parquet": _open_parquet,
-    ".arrow": _open_arrow,
+    ".parquet": Parquet,
+    ".arrow": Arrow,
     ".txt": Txt,
 }
