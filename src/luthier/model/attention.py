@@ -119,10 +119,14 @@ def forward_arguments(
     """
     if plan.kind == "plain":
         return {}
+    kinds = getattr(model_config, "layer_types", None)
+    # Llama 4's chunks or a state would go unnoticed in rows shorter than they reach.
+    unknown = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ModelError(f"layers of the kind {', '.join(unknown)} take no attention mask; set layout: padded")
     if implementation == NAME and not explicit:
         placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.end.device)
         return {"position_ids": plan.position, "attention_mask": placeholder, "luthier_plan": plan}
-    kinds = getattr(model_config, "layer_types", None)
     window = getattr(model_config, "sliding_window", None)
 
     def written(sees: Tensor) -> Tensor:
@@ -135,9 +139,6 @@ def forward_arguments(
     if not kinds:
         mask = masks["sliding_attention" if window else "full_attention"]()
         return {"position_ids": plan.position, "attention_mask": mask}
-    unknown = sorted(set(kinds) - set(masks))
-    if unknown:
-        raise ModelError(f"layers of the kind {', '.join(unknown)} take no attention mask")
     return {"position_ids": plan.position, "attention_mask": {kind: masks[kind]() for kind in sorted(set(kinds))}}
 
 
@@ -163,6 +164,9 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if attention_mask is not None and attention_mask.numel() != 1:
+        # Some families (Doge) write what they have learnt into the mask; of the placeholder they make one of their own.
+        raise ModelError(f"{type(module).__name__} makes a mask of its own; set layout: padded")
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"attention with {unsupported} needs the eager implementation; set flash_attn: disabled")

@@ -254,10 +254,8 @@ class ModelPolicy:
 
 def _masks(setup: PolicySetup, batch: Batch, plan: attention.Plan, dtype: torch.dtype) -> dict[str, Any]:
     """Forward arguments that say who sees whom and where tokens are; what sees images attends in its own way."""
-    config, shows = setup.model.config, bool(batch.media)
-    masks = attention.forward_arguments(
-        config.get_text_config() if shows else config, setup.implementation, plan, dtype, explicit=shows
-    )
+    text = setup.model.config.get_text_config()
+    masks = attention.forward_arguments(text, setup.implementation, plan, dtype, explicit=bool(batch.media))
     if batch.alone is not None:
         masks["position_ids"] = _own_positions(setup.model, batch, batch.alone)
     return masks

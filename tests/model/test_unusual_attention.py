@@ -1,0 +1,64 @@
+"""Families whose attention is more than causal or sliding: rows that share or pack them would be silently wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from luthier.core.errors import ModelError
+from luthier.core.types import Encoded, Path
+from luthier.data.layout import collate
+from luthier.model.policy import PolicySetup
+from tests.conftest import TINY
+
+SMALL = TINY | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 3}
+PROMPT = list(range(20, 32))
+PATHS = (Path([*PROMPT, 40, 41], [0.0] * 12 + [1.0, 1.0]), Path([*PROMPT, 50, 51, 52], [0.0] * 12 + [1.0] * 3))
+
+
+def lively(config, **how):
+    """A model whose attention matters: random weights far from zero."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.2)
+    return model
+
+
+def llama4(**changes):
+    """Layers that see their own chunk of the row alone."""
+    own = {"attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 48} | changes
+    return lively(transformers.Llama4TextConfig(**SMALL | own))
+
+
+def doge():
+    """Layers that write into the mask which tokens are worth seeing."""
+    return lively(transformers.DogeConfig(**SMALL | {"keep_window_size": 4}))
+
+
+def logps(model, path: Path) -> list[float]:
+    """Of the supervised tokens, by the model's own forward pass over one path."""
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([path.ids]), use_cache=False).logits[0].log_softmax(-1)
+    return [found[i - 1, path.ids[i]].item() for i in range(1, len(path.ids)) if path.weights[i]]
+
+
+@pytest.mark.parametrize("build", [llama4, doge])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_rows_that_are_not_padded_are_refused_however_short(build, layout):
+    model = build()
+    assert model.config._attn_implementation == "sdpa", "Luthier's own attention takes the place of this one"
+    short = Encoded((Path([9, 8], [0.0, 1.0]), Path([9, 7], [0.0, 1.0])))
+    with pytest.raises(ModelError, match="layers of the kind chunked_attention|a mask of its own"):
+        PolicySetup(model).bind().logps(collate([(short, "")], layout=layout, pad_id=3))
+
+
+@pytest.mark.parametrize("build", [llama4, doge])
+def test_padded_rows_are_what_the_model_computes_alone(build):
+    model = build()
+    expected = [value for path in PATHS for value in logps(model, path)]
+    found = PolicySetup(model).bind().logps(collate([(Encoded(PATHS), "")], layout="padded", pad_id=3))
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
