@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from luthier.core.errors import ConfigError, LuthierError
 from luthier.core.kinds import is_true
+from luthier.core.locks import locked
 from luthier.core.log import get_logger
+from luthier.core.paths import user_cache
 
 log = get_logger("hub")
 
@@ -88,7 +89,7 @@ def _fetched(
             f"it with `pip install {hub.install}`, or download the {kind} and name its folder."
         ) from None
     what = {"repo_id": repo, "repo_type": kind, "revision": revision, "cache_dir": cache_dir, "token": token}
-    with _Held(f"{name} {kind} {repo}"):
+    with _alone(f"{name} {kind} {repo}"):
         if is_true(os.environ.get("HF_HUB_OFFLINE", "")):
             return Path(_asked(fetch, what | {"local_files_only": True}, f"{place}: {repo!r} is wanted offline", hub))
         try:
@@ -116,24 +117,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
-class _Held:
-    """A lock on one repository; who has to wait says so."""
-
-    def __init__(self, what: str):
-        below = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        self.folder = below / "luthier" / "hubs"
-        self.lock = FileLock(self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.lock")
-        self.what = what
-
-    def __enter__(self) -> None:
+@contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """One process at a time for each repository."""
+    folder = user_cache() / "hubs"
+    file = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.lock"
+    with ExitStack() as stack:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            log.info("Another process is fetching %s; waiting for it.", self.what)
-            self.lock.acquire()
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(file, log, f"fetching {what}"))
         except OSError as error:
-            raise ConfigError(f"no lock file can be written to {self.folder}: {error.strerror or error}.") from error
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+            raise ConfigError(f"no lock file can be written to {folder}: {error.strerror or error}.") from error
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 
@@ -15,7 +16,12 @@ def local(name: str | Path) -> Path:
         return path
 
 
-def lies(path: Path) -> bool:
+def user_cache() -> Path:
+    """Luthier's folder in the user's cache: $XDG_CACHE_HOME/luthier, or ~/.cache/luthier."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "luthier"
+
+
+def exists(path: Path) -> bool:
     """Whether something lies there."""
     return _asked(path, Path.exists)
 

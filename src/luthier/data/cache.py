@@ -16,12 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 from luthier.core.errors import DataError
+from luthier.core.locks import locked
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective, Renderer
-from luthier.core.paths import local
+from luthier.core.paths import local, user_cache
 from luthier.data.files import File
 from luthier.data.hub import Hub
 from luthier.data.source import DataConfig, Source
@@ -126,8 +125,7 @@ def cache_folder(config: DataConfig) -> Path:
     """Where encoded data are kept."""
     if config.data_cache_dir is not None:
         return local(config.data_cache_dir)
-    below = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return below / "luthier" / "encoded"
+    return user_cache() / "encoded"
 
 
 def cached(config: DataConfig, key: str, build: Callable[[Path], None]) -> Path:
@@ -140,7 +138,8 @@ def cached(config: DataConfig, key: str, build: Callable[[Path], None]) -> Path:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _held(root / f"{key}.lock", shared=config.data_shared_file_system) as waited:
+        file, busy = root / f"{key}.lock", "encoding the same data"
+        with locked(file, log, busy, shared=config.data_shared_file_system) as waited:
             if waited and (final / META).is_file():
                 return final
             _build(root, key, build)
@@ -150,25 +149,6 @@ def cached(config: DataConfig, key: str, build: Callable[[Path], None]) -> Path:
             "rights, or set data_cache_dir to a folder that can be written."
         ) from error
     return final
-
-
-class _held:
-    """A lock file, held; `with` gives whether somebody else held it before."""
-
-    def __init__(self, file: Path, *, shared: bool):
-        self.lock: BaseFileLock = (SoftFileLock if shared else FileLock)(file)
-
-    def __enter__(self) -> bool:
-        try:
-            self.lock.acquire(timeout=0)
-            return False
-        except Timeout:
-            log.info("Another process is encoding the same data; waiting for it.")
-            self.lock.acquire()
-            return True
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.hubs import HUBS, OPEN, Access, chosen
-from luthier.core.paths import is_file, is_folder, lies, local
+from luthier.core.paths import exists, is_file, is_folder, local
 from luthier.core.registry import miss, names
 from luthier.data.files import parse_json
 from luthier.data.source import COLUMNS, TAGS, Columns, Source, excerpt
@@ -97,7 +97,7 @@ class _Info:
         """A local file or folder, as the user gave it or below `dataset_dir`."""
         path = local(name)
         candidates = [path] if self.folder is None else [path, self.folder / path]
-        return next((candidate for candidate in candidates if lies(candidate)), None)
+        return next((candidate for candidate in candidates if exists(candidate)), None)
 
     def _entry(self, name: str) -> Source:
         entry, place = self.entries[name], f"{self.title}: {name}"
@@ -121,7 +121,7 @@ class _Info:
         if not entry.get("file_name"):
             raise DataError(f"{place}: neither file_name nor hf_hub_url is given, so there is nothing to read.")
         path = (self.folder or Path()) / local(entry["file_name"])
-        if not lies(path):
+        if not exists(path):
             raise DataError(_no_file(str(path), place, self.folder))
         return replace(source, path=path)
 
