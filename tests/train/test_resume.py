@@ -308,6 +308,30 @@ def test_means_and_evaluations_are_those_of_the_straight_run(straight, step, log
     assert again.state.global_step == 12 and furthest(weights(once), weights(again)) == 0.0
 
 
+BY_EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "logging_strategy": "epoch", "metric_for_best_model": "loss"}
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (6, {"save_strategy": "best"}),
+        (5, {"save_strategy": "best", "max_steps": 5}),
+        (8, {"save_steps": 2, "lr": 30.0, "optim": "sgd", "lr_scheduler_type": "constant"}),
+    ],
+    ids=["best at the end of an epoch", "best at the last step", "stopped early"],
+)
+def test_a_checkpoint_that_an_evaluation_decided_about_has_the_line_of_its_epoch(tmp_path, step, options):
+    def patient(trainer):
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+
+    once = trainer_for("sft", tmp_path, **OPTIONS | BY_EVALUATION | options)
+    patient(once)
+    once.train()
+    assert [p.name for p in checkpoint.complete(tmp_path)][-1 if step != 6 else 2] == f"checkpoint-{step}"
+    again = resumed(tmp_path, step, patient, **BY_EVALUATION | options)
+    assert history(again) == history(once)
+
+
 def test_a_finished_run_takes_no_step_more(tmp_path):
     straight = trainer_for("sft", tmp_path, **OPTIONS | {"max_steps": 4})
     straight.train()

@@ -78,7 +78,7 @@ class Saving(Sharding):
         self._writing: Path | None = None
         self._told = False
         self._best_before: str | None = None
-        self._save_at_epoch_end = False
+        self._after_step = self._save_at_epoch_end = False
         self.stops_by_evaluation = False
         """Whether an evaluation ended the run (early stopping)."""
         self._ends = _EpochEnds()
@@ -96,20 +96,36 @@ class Saving(Sharding):
 
         The end of an epoch may log and evaluate on its own; a checkpoint from before it would lose that.
         """
-        control, stopping = self.control, self.control.should_training_stop
-        ending = control.should_epoch_stop or stopping or whole(self.state.epoch)
+        self._after_step = not self._ends.over
         if self._ends.over:
-            control.should_save |= self._save_at_epoch_end
+            self.control.should_save |= self._save_at_epoch_end
             self._save_at_epoch_end = False
-        elif ending and control.should_save:
-            self._save_at_epoch_end, control.should_save = True, False
+        self._put_off()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._after_step = False
+
+    @property
+    def _epoch_ends(self) -> bool:
+        """Whether the step that was just taken is the last of its epoch, or of all."""
+        return self.control.should_epoch_stop or self.control.should_training_stop or whole(self.state.epoch)
+
+    def _put_off(self) -> None:
+        if self._after_step and self._epoch_ends and self.control.should_save:
+            self._save_at_epoch_end, self.control.should_save = True, False
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         stopping = self.control.should_training_stop
         metrics = super()._evaluate(*args, **kwargs)
         self.stops_by_evaluation |= self.control.should_training_stop and not stopping
+        self._put_off()
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if better and self._after_step and self._epoch_ends and self.args.save_strategy == "best":
+            self._save_at_epoch_end = True
+            return False
+        return better
 
     # How to save
 
