@@ -308,7 +308,12 @@ def test_means_and_evaluations_are_those_of_the_straight_run(straight, step, log
     assert again.state.global_step == 12 and furthest(weights(once), weights(again)) == 0.0
 
 
-BY_EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "logging_strategy": "epoch", "metric_for_best_model": "loss"}
+BY_EVALUATION = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "logging_strategy": "epoch",
+    "metric_for_best_model": "loss",
+}
 
 
 @pytest.mark.parametrize(
