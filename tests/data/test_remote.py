@@ -34,7 +34,7 @@ def test_a_file_is_fetched_once_and_again_when_it_changes(tmp_path):
     url = "memory://bucket/rows.jsonl"
     put(url, 3)
     assert trained(tmp_path, url) == trained(tmp_path, url) == 3
-    assert len(list((tmp_path / "fetched").iterdir())) == 1
+    assert len(list((tmp_path / "fetched").glob("*.jsonl"))) == 1
     put(url, 5)
     assert trained(tmp_path, url) == 5
 
@@ -43,3 +43,19 @@ def test_a_file_is_fetched_once_and_again_when_it_changes(tmp_path):
 def test_what_cannot_be_fetched_is_said(url, tmp_path):
     with pytest.raises(DataError, match=r"dataset_dir: far: .*://bucket.*could not be fetched"):
         trained(tmp_path, url)
+
+
+def test_what_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
+    url = "memory://bucket/broken.jsonl"
+    put(url, 3)
+
+    def breaks_off(self, path, local):
+        with open(local, "w") as file:
+            file.write("half")
+        raise OSError("connection reset")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="connection reset"):
+        patch.setattr(type(fsspec.filesystem("memory")), "get_file", breaks_off)
+        trained(tmp_path, url)
+    assert [file.name for file in (tmp_path / "fetched").iterdir() if file.suffix != ".lock"] == []
+    assert trained(tmp_path, url) == 3
