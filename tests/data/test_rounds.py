@@ -72,6 +72,9 @@ def test_the_first_mismatch_nobody_scored_is_known():
         ({"spd_round_verifier_ids": [31]}, "spd_round_verifier_ids has another length than spd_round_draft_ids"),
         ({"spd_round_draft_ids": []}, "spd_round_draft_ids is no list of token ids"),
         ({"spd_round_draft_ids": [31, "x", 149]}, "spd_round_draft_ids holds something that is no token id"),
+        ({"context_ids_len": 1, "prompt_ids": None}, "prompt_ids is no list of token ids"),
+        ({"context_ids_len": 1, "prompt_ids": ["x"]}, "prompt_ids holds something that is no token id"),
+        ({"context_ids_len": 1, "prompt_ids": [1], "answer_ids": 5}, "answer_ids is no list of token ids"),
         ({"mismatch_kl": [1, 2]}, "mismatch_kl and mismatch_index have unequal lengths"),
     ],
 )

@@ -124,6 +124,9 @@ def test_what_is_wrong_is_named(folder, dataset, expected):
         ({"file_name": "gone.json"}, ["no such file", "gone.json"]),
         ({"script_url": "x"}, ["script_url", "runs code"]),
         ({"formatting": "alpaca"}, ["nothing to read"]),
+        ({"file_name": ["a.json", "b.json"]}, ["file_name", "must be text"]),
+        ({"file_name": "x", "columns": {"prompt": ["question"]}}, ["columns: prompt", "['question']", "must be text"]),
+        ({"file_name": "x", "tags": {"user_tag": ["human"]}}, ["tags: user_tag", "must be text"]),
         ("text", ["expected a mapping"]),
     ],
 )

@@ -120,6 +120,8 @@ class _Info:
             return replace(source, url=str(entry["cloud_file_name"]))
         if not entry.get("file_name"):
             raise DataError(f"{place}: neither file_name nor hf_hub_url is given, so there is nothing to read.")
+        if not isinstance(entry["file_name"], str):
+            raise ConfigError(f"{place}: file_name: {excerpt(entry['file_name'])} must be text.")
         path = (self.folder or Path()) / local(entry["file_name"])
         if not exists(path):
             raise DataError(_no_file(str(path), place, self.folder))
@@ -207,6 +209,10 @@ def _columns(entry: Mapping[str, Any], defaults: Mapping[str, str | None], place
     _check(given, tuple(COLUMNS), f"{place}: columns")
     tags = entry.get("tags") or {}
     _check(tags, tuple(TAGS), f"{place}: tags")
+    for key, renamed in (("columns", given), ("tags", tags)):
+        for meaning, name in renamed.items():
+            if name and not isinstance(name, str):
+                raise ConfigError(f"{place}: {key}: {meaning}: {excerpt(name)} must be text.")
     resolved = dict(defaults)
     if given:
         resolved = {meaning: given.get(meaning) for meaning in COLUMNS}

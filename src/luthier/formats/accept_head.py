@@ -104,7 +104,8 @@ def _extra(row: Mapping[str, Any], column: str, nth: int, count: int) -> float:
 def _context(row: Mapping[str, Any]) -> dict[str, Any]:
     """The context of a round, as ids where they were logged, else as text."""
     if "context_ids_len" in row and "prompt_ids" in row:
-        ids, length = [*row["prompt_ids"], *row.get("answer_ids", [])], row["context_ids_len"]
+        length = row["context_ids_len"]
+        ids = _ids(row, "prompt_ids") + (_ids(row, "answer_ids") if row.get("answer_ids") else [])
         _length(length, len(ids), "context_ids_len", "ids")
         return {"context_ids": ids[:length]}
     if not isinstance(row.get("user_text"), str) or not isinstance(row.get("assistant_text"), str):
