@@ -27,3 +27,7 @@ def test_every_token_is_predicted_exactly_once(length, cutoff_len):
 
 def test_a_document_of_one_token_has_nothing_to_train():
     assert encode([7], 10) == []
+
+
+def test_pieces_of_one_token_have_nothing_to_train():
+    assert encode([7, 8, 9], 1) == []

@@ -19,7 +19,8 @@ class Pt(Objective):
 
     def encode(self, example, renderer, *, cutoff_len):
         ids = renderer.document("".join(message.content for message in example.prompt))
-        pieces = [ids[i : i + cutoff_len] for i in range(0, max(len(ids) - 1, 1), cutoff_len - 1)]
+        step = max(cutoff_len - 1, 1)  # of pieces of one token, none has anything to train
+        pieces = [ids[i : i + cutoff_len] for i in range(0, max(len(ids) - 1, 1), step)]
         return [
             Encoded((Path(piece, [0.0] + [1.0] * (len(piece) - 1), "document"),)) for piece in pieces if len(piece) > 1
         ]
