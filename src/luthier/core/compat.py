@@ -36,7 +36,7 @@ class Renamed:
     convert: Callable[[Any], Any] = lambda value: value
     """Turns the old value into the new key's; raises ValueError with words for the user."""
     yields: bool = False
-    """With both names set the new one simply wins, as it did where the old name comes from."""
+    """With both names set the new one wins unless it is 0, as it did where the old name comes from."""
 
 
 def _same(value: Any, accepted: Any) -> bool:

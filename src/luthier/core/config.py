@@ -193,7 +193,11 @@ class _Gate:
         self.owners = owners
         self.refused = refused
         self.renamed = renamed
-        self.values = dict(given.values)
+        # Beside an old name that yields, a new one that is 0 says nothing.
+        weak = {rule.new for old, rule in self.renamed.items() if rule.yields and given.values.get(old) is not None}
+        self.values = {
+            key: value for key, value in given.values.items() if not (key in weak and Refused((0,), "").takes(value))
+        }
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.accepted: dict[str, dict[str, Any]] = {owner.name: {} for owner in owners}
@@ -218,7 +222,9 @@ class _Gate:
 
     def rename(self, key: str, value: Any) -> bool:
         rule = self.renamed[key]
-        if rule.new in self.given.values:
+        if rule.yields and value is None:
+            return True
+        if rule.new in self.values:
             if rule.yields:
                 self.warnings.append(f"{self.at(key)}{key} has no effect: {rule.new} is set too, and it wins.")
             else:
