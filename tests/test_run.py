@@ -126,6 +126,10 @@ OLD_NAMES = [
     ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
     ({"warmup_ratio": "0.1"}, "warmup_steps", 0.1),
     ({"warmup_ratio": 0.1, "warmup_steps": 20}, "warmup_steps", 20),
+    # transformers: `warmup_steps if warmup_steps > 0 else ceil(steps * warmup_ratio)`
+    ({"warmup_ratio": 0.1, "warmup_steps": 0}, "warmup_steps", 0.1),
+    ({"warmup_steps": "0", "warmup_ratio": 0.1}, "warmup_steps", 0.1),
+    ({"warmup_ratio": None, "warmup_steps": 20}, "warmup_steps", 20),
     ({"evaluation_strategy": "epoch", "val_size": 0.1}, "eval_strategy", "epoch"),
     ({"no_cuda": True}, "use_cpu", True),
     ({"per_gpu_train_batch_size": 2}, "per_device_train_batch_size", 2),
@@ -232,12 +236,25 @@ CONFLICTS = [
     ({"predict_with_generate": True}, "predict_with_generate"),
     ({"push_to_hub": True}, "push_to_hub"),
     ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
+    ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs: linear does not work so"),
+    ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 0}}, "Options of cosine: num_cycles"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "Options of cosine_with_min_lr: num_cycles, min_lr, min_lr_rate"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+    ({"lr_scheduler_kwargs": "cycles.json"}, "lr_scheduler_kwargs: expected a mapping"),
+    ({"log_level": "loud"}, "log_level: expected one of"),
 ]
 
 
 @pytest.mark.parametrize("keys, words", CONFLICTS)
 def test_keys_that_do_not_go_together(keys, words):
     assert words in problem(**keys)
+
+
+def test_options_that_a_scheduler_takes_pass():
+    cosine = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-6}'}
+    assert resolve(BASE | cosine).training["lr_scheduler_kwargs"] == '{"min_lr": 1e-6}'
+    polynomial = {"learning_rate": 1e-3, "lr_scheduler_kwargs": {"lr_end": 1e-4}, "lr_scheduler_type": "polynomial"}
+    assert resolve(BASE | polynomial).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -393,6 +410,13 @@ def test_delivered_keys_never_reach_transformers():
     args = training.training_arguments(run.training, run.train)
     assert args.disable_tqdm is True and args.include_num_input_tokens_seen == "no"
     assert set(DELIVERED) <= set(training_keys())
+
+
+def test_a_tracker_whose_package_is_not_there_is_said_before_anything_is_loaded(monkeypatch):
+    run = resolve(BASE | {"report_to": ["wandb", "comet_ml"]})
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None if name == "comet_ml" else object())
+    with pytest.raises(ConfigError, match="report_to: comet_ml needs .* pip install comet-ml"):
+        training.training_arguments(run.training, run.train)
 
 
 def test_tensorboard_folder(monkeypatch):

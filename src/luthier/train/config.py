@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 
 SWITCH = {"true": True, "false": False}
+TRACKERS = {
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "flyte": ("flytekit", "flytekit"),
+    "tensorboard": ("tensorboard tensorboardX", "luthier[tensorboard]"),
+    **{name: (name, name) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab",
+                                       "trackio", "wandb")},
+}  # fmt: skip
+"""What a tracker of `report_to` needs: import names, one of which will do, and what to ask pip for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,7 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
     if train.logging_dir is not None:
         # TensorBoard's callback in transformers 5 takes its folder from nowhere else.
         os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
+    _check_trackers(training.get("report_to"))
     keys = {name: value for name, value in training.items() if name not in DELIVERED}
     if keys.get("use_liger_kernel"):
         keys["liger_kernel_config"] = liger_settings(keys.get("liger_kernel_config"))
@@ -111,6 +121,13 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
         return TrainingArguments(**keys)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses these training keys: {error}") from error
+
+
+def _check_trackers(report_to: str | list[str] | None) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        modules, package = TRACKERS.get(name, ("", ""))
+        if modules and not any(map(importlib.util.find_spec, modules.split())):
+            raise ConfigError(f"report_to: {name} needs a package that is not installed: pip install {package}")
 
 
 def liger_settings(given: Mapping[str, bool] | None) -> dict[str, bool]:

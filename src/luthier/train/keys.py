@@ -92,12 +92,16 @@ DELIVERED = (
 )
 """Keys that Luthier fulfils itself, so the Trainer is not asked: tokens are always counted, the bar is ours."""
 
-WIDER: dict[str, Any] = {
+Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+
+IN_USE: dict[str, Any] = {
     "fsdp": bool | str | None,
     "resume_from_checkpoint": bool | str | None,
     "lr_scheduler_kwargs": dict[str, Any] | str | None,
+    "log_level": Level,
+    "log_level_replica": Level,
 }
-"""Types that are wider in use than transformers declares them."""
+"""Types that are wider or narrower in use than transformers declares them."""
 
 FREE = ("parallelism_config",)
 """Typed by classes that no YAML value can be; their rule decides alone."""
@@ -130,7 +134,7 @@ def _hint(name: str, hint: Any) -> Any:
     enums = [part for part in members if isinstance(part, type) and issubclass(part, Enum)]
     if enums and str in members:
         return Literal[tuple(member.value for member in enums[0])]
-    return WIDER.get(name, hint)
+    return IN_USE.get(name, hint)
 
 
 def _plain(value: Any) -> Any:

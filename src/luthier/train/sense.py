@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -44,6 +46,11 @@ TRACKERS = ("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive
             "swanlab", "tensorboard", "trackio", "wandb", "all", "none")  # fmt: skip
 """What `report_to` may name without transformers being asked, which takes seconds."""
 
+WANTS_OPTIONS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+"""Values of `lr_scheduler_type` that do not work without `lr_scheduler_kwargs`."""
+GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+"""What a scheduler is told by the Trainer."""
+
 
 def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Complaint]:
     """What is wrong among the training keys."""
@@ -53,6 +60,7 @@ def complaints(training: Mapping[str, Any], train: TrainConfig) -> Iterator[Comp
     yield from _precision(keys)
     yield from _best(keys)
     yield from _evaluations(keys, train)
+    yield from _schedule(keys)
     yield from _trackers(keys["report_to"])
     yield from _files(keys)
     yield from _sharding(training)
@@ -113,6 +121,34 @@ def _evaluations(keys: Mapping[str, Any], train: TrainConfig) -> Iterator[Compla
         yield ("early_stopping_steps",), f"expected at least 1, got {train.early_stopping_steps}."
 
 
+def _schedule(keys: Mapping[str, Any]) -> Iterator[Complaint]:
+    """Options that the scheduler does not take, or lacks; transformers finds out when everything is loaded."""
+    name, options = keys["lr_scheduler_type"], keys["lr_scheduler_kwargs"]
+    about = ("lr_scheduler_kwargs", "lr_scheduler_type")
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            yield about, f"expected a mapping, such as {{num_cycles: 2}}, got {keys['lr_scheduler_kwargs']!r}."
+            return
+    if not options and name not in WANTS_OPTIONS:
+        return
+    import torch
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+    from transformers.trainer_utils import SchedulerType
+
+    rate = keys["learning_rate"] if keys["learning_rate"] > 0 else 1.0
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    try:
+        get_scheduler(name, optimiser, num_warmup_steps=0, num_training_steps=1, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        parts = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+        takes = ", ".join(part for part in parts if part not in GIVEN)
+        yield about, f"{name} does not work so: {error}.{f' Options of {name}: {takes}.' if takes else ''}"
+
+
 def _trackers(report_to: str | list[str] | None) -> Iterator[Complaint]:
     named = [report_to] if isinstance(report_to, str) else report_to or []
     for name in (name for name in named if name not in TRACKERS):
@@ -128,7 +164,7 @@ def _files(keys: Mapping[str, Any]) -> Iterator[Complaint]:
     resume = keys["resume_from_checkpoint"]
     if isinstance(resume, str) and resume.lower() not in ("true", "false") and not is_folder(local(resume)):
         yield ("resume_from_checkpoint",), f"there is no folder {resume}. Name a checkpoint-N folder, or write true."
-    for name in ("deepspeed", "fsdp_config", "lr_scheduler_kwargs"):
+    for name in ("deepspeed", "fsdp_config"):
         value = keys[name]
         if isinstance(value, str) and not value.lstrip().startswith("{") and not is_file(local(value)):
             yield (name,), f"there is no file {value}."
