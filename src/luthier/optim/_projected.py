@@ -42,8 +42,7 @@ def project(
     target: a key and its value, the modules whose gradients are projected. projection: how, in the package's words.
     layerwise: each weight steps by itself, in the backward pass.
     """
-    names = matrices(model, *target)
-    made = groups(model, task.args.weight_decay, lambda name, parameter: name in names, **projection)
+    made = groups(model, task.args.weight_decay, matrices(model, *target), **projection)
     together = kind(made, **settings)
     if not layerwise:
         return readable(together, projector)

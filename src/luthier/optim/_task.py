@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,24 +54,28 @@ def decayed(model: nn.Module) -> set[str]:
     return set(get_parameter_names(model, [layers.LayerNorm], UNDECAYED))
 
 
-def groups(model: nn.Module, weight_decay: float, special: Callable[[str, Any], bool], **extra: Any) -> list[dict]:
-    """Parameter groups: the special ones (with `extra` beside them), the rest with weight decay, the rest without.
-
-    Empty groups are left out. Raises ConfigError where nothing is special.
-    """
+def decay_groups(
+    model: nn.Module, weight_decay: float, weights: Iterable[tuple[str, Any]], *, named: bool = False
+) -> list[dict[str, Any]]:
+    """Parameter groups of these (name, parameter): those with weight decay, then those without; empty ones are left
+    out. named: the groups hold names too."""
     decays = decayed(model)
-    chosen: dict[str, list] = {"special": [], "plain": [], "undecayed": []}
-    for name, parameter in trained(model):
-        where = "special" if special(name, parameter) else "plain" if name in decays else "undecayed"
-        chosen[where].append(parameter)
-    if not chosen["special"]:
+    sides: tuple[list, list] = ([], [])
+    for name, parameter in weights:
+        sides[name not in decays].append((name, parameter) if named else parameter)
+    return [{"params": side, "weight_decay": rate} for side, rate in zip(sides, (weight_decay, 0.0)) if side]
+
+
+def groups(model: nn.Module, weight_decay: float, special: set[str], **extra: Any) -> list[dict[str, Any]]:
+    """Parameter groups: the special ones, by name (with `extra` beside them), and those of `decay_groups`.
+
+    Raises ConfigError where nothing is special.
+    """
+    chosen = [parameter for name, parameter in trained(model) if name in special]
+    if not chosen:
         raise ConfigError("The optimiser finds no weight matrix that it is for among those that are trained.")
-    made = [
-        {"params": chosen["special"], "weight_decay": weight_decay, **extra},
-        {"params": chosen["plain"], "weight_decay": weight_decay},
-        {"params": chosen["undecayed"], "weight_decay": 0.0},
-    ]
-    return [group for group in made if group["params"]]
+    rest = ((name, parameter) for name, parameter in trained(model) if name not in special)
+    return [{"params": chosen, "weight_decay": weight_decay, **extra}, *decay_groups(model, weight_decay, rest)]
 
 
 def matrices(model: nn.Module, key: str, wanted: str | list[str]) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.core.errors import ConfigError
-from luthier.optim._task import ADAMW, Task, decayed, one_of, trained
+from luthier.optim._task import ADAMW, Task, decay_groups, one_of, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,19 +50,6 @@ def check(config: Config, task: Task) -> None:
 
 def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """BAdam around the AdamW that `optim` names."""
-    return _blocks(model, config, task)
-
-
-def _groups(model: nn.Module, task: Task) -> list[dict[str, Any]]:
-    # BAdam takes the weight decay of the first group for all.
-    decays, decay = decayed(model), task.args.weight_decay
-    sides: tuple[list, list] = ([], [])
-    for name, parameter in trained(model):
-        sides[name not in decays].append(parameter)
-    return [{"params": side, "weight_decay": rate} for side, rate in zip(sides, (decay, 0.0)) if side]
-
-
-def _blocks(model: nn.Module, config: Config, task: Task) -> Optimizer:
     import torch
     from badam import BlockOptimizer
 
@@ -100,8 +87,10 @@ def _blocks(model: nn.Module, config: Config, task: Task) -> Optimizer:
 
     never = 1 << 62
     interval = never if config.badam_switch_interval in (None, -1) else config.badam_switch_interval
+    # BAdam takes the weight decay of the first group for all.
+    groups = decay_groups(model, task.args.weight_decay, trained(model))
     return Blocks(
-        base_optimizer=torch.optim.AdamW(_groups(model, task), **task.adam),
+        base_optimizer=torch.optim.AdamW(groups, **task.adam),
         named_parameters_list=trained(model),
         switch_block_every=interval,
         start_block=config.badam_start_block,

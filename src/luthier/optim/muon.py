@@ -4,10 +4,10 @@ rate (scaled as in Liu et al. 2025, arXiv 2502.16982)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError
-from luthier.optim._task import ADAMW, Task, decayed, one_of, trained
+from luthier.optim._task import ADAMW, Task, decay_groups, one_of, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,18 +47,13 @@ def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
 
     outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     apart = {id(p) for module in model.modules() if id(module) in outside for p in module.parameters()}
-    decays, decay = decayed(model), task.args.weight_decay
-    chosen: dict[str, list[Any]] = {"muon": [], "plain": [], "undecayed": []}
-    for name, parameter in trained(model):
-        hidden = parameter.dim() == 2 and id(parameter) not in apart
-        chosen["muon" if hidden else "plain" if name in decays else "undecayed"].append(parameter)
-    if not chosen["muon"]:
-        raise ConfigError("use_muon: no weight matrix is trained in this run. Leave it out.")
-    rest = [
-        {"params": chosen["plain"], "weight_decay": decay},
-        {"params": chosen["undecayed"], "weight_decay": 0.0},
+    weights = [
+        (name, parameter, parameter.dim() == 2 and id(parameter) not in apart) for name, parameter in trained(model)
     ]
-    rate = task.args.learning_rate
-    muon = torch.optim.Muon(chosen["muon"], lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    rest = [group for group in rest if group["params"]]
+    matrices = [parameter for _, parameter, hidden in weights if hidden]
+    if not matrices:
+        raise ConfigError("use_muon: no weight matrix is trained in this run. Leave it out.")
+    rate, decay = task.args.learning_rate, task.args.weight_decay
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    rest = decay_groups(model, decay, ((name, parameter) for name, parameter, hidden in weights if not hidden))
     return Together(muon, *([torch.optim.AdamW(rest, **task.adam)] if rest else []))

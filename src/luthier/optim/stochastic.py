@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from luthier.optim._task import ADAMW, Task, decayed, trained
+from luthier.optim._task import ADAMW, Task, decay_groups, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,10 +36,5 @@ def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     """AdamW over all trained weights."""
     from luthier.optim._rounding import StochasticAdamW
 
-    decays = decayed(model)
-    sides: tuple[list, list] = ([], [])
-    for name, parameter in trained(model):
-        sides[name not in decays].append((name, parameter))
-    decay = (task.args.weight_decay, 0.0)
-    groups = [{"params": side, "weight_decay": rate} for side, rate in zip(sides, decay) if side]
+    groups = decay_groups(model, task.args.weight_decay, trained(model), named=True)
     return StochasticAdamW(groups, **task.adam, seed=task.args.seed)
