@@ -18,6 +18,7 @@ from typing import Any
 
 from luthier.core.errors import TemplateError
 from luthier.core.log import get_logger
+from luthier.core.prefix import common_prefix
 from luthier.core.registry import names
 from luthier.core.types import Call, Example, Message, Reply
 from luthier.data.chat_text import THOUGHT, ChatText, Spans
@@ -230,7 +231,7 @@ class ChatTemplateRenderer:
         if inside[0][0] >= len(asked):
             return len(asked)
         past, _ = self._text.whole(messages, *given)
-        return next((nth for nth, (a, b) in enumerate(zip(past, asked)) if a != b), min(len(past), len(asked)))
+        return common_prefix(past, asked)
 
     def _check_own(self, asked: str, whole: str, turn: int) -> None:
         if not whole.startswith(asked):
@@ -294,7 +295,7 @@ class ChatTemplateRenderer:
 
 
 def _difference(short: str, long: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(short, long)) if a != b), min(len(short), len(long)))
+    at = common_prefix(short, long)
     return (
         f"The first difference, at character {at}: {short[at : at + 60]!r} against {long[at : at + 60]!r}, after "
         f"{short[max(0, at - 40) : at]!r}."

@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier.core.errors import LuthierError, TemplateError
 from luthier.core.objective import Renderer
+from luthier.core.prefix import common_prefix
 from luthier.core.types import Message
 from luthier.data.chat_template import ChatTemplateRenderer
 from luthier.data.chat_text import THOUGHT
@@ -84,10 +85,13 @@ def _cases(config: TemplateConfig) -> list[_Case]:
     ]
     template = find_template(config.template)
     if template.reasoning and config.enable_thinking is not False:
-        ours, theirs = ("Simple.".join(words) + _TALK[1].content for words in (template.thought_words, THOUGHT))
-        talks = ((_TALK[0], Message("assistant", text)) for text in (ours, theirs))
-        cases.append(_Case("a thought", next(talks), {}, next(talks)))
+        cases.append(_Case("a thought", _thinking(template.thought_words), {}, _thinking(THOUGHT)))
     return cases
+
+
+def _thinking(words: tuple[str, str]) -> tuple[Message, ...]:
+    """A response with a thought between these words."""
+    return _TALK[0], Message("assistant", "Simple.".join(words) + _TALK[1].content)
 
 
 def _compare(name: str, case: _Case, named: Renderer, own: Renderer) -> list[str]:
@@ -117,7 +121,7 @@ def _trained(name: str, ours: Sequence[int], theirs: Sequence[int], tokenizer: A
 
 
 def _difference(name: str, left: Sequence[int], right: Sequence[int], tokenizer: Any) -> str:
-    at = next((nth for nth, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+    at = common_prefix(left, right)
     before, ours, theirs = left[max(0, at - SHOWN) : at], left[at : at + SHOWN], right[at : at + SHOWN]
     where = f"after {_shown(tokenizer, before)}" if before else "the first"
     return (

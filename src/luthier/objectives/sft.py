@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from luthier.core.errors import ConfigError
-from luthier.core.objective import Objective
+from luthier.core.objective import Objective, Renderer
+from luthier.core.prefix import common_prefix
 from luthier.core.types import Encoded, Path
 from luthier.data.source import BadRow
 from luthier.data.truncate import fit_lengths
 from luthier.data.turns import RESPONSES
+
+Turn = tuple[list[int], list[int], float]
+"""Ids of a prompt, ids of the response to it, loss weight of the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +59,11 @@ class Sft(Objective):
         else:
             branches = renderer.branches(messages, **given)
         paths: list[Path] = []
-        before, spoken, truncated = [], 0, 0
+        before: list[int] = []
+        spoken = truncated = 0
         for branch in branches:
             own = weights[spoken : spoken + len(branch)]
-            shared = _common(before, branch[0][0])
+            shared = common_prefix(before, branch[0][0])
             turns, cut = self._cut(branch, own, cutoff_len - renderer.efficient_eos, whole_prompt=spoken > 0)
             found = self._paths(turns, shared, spoken, renderer)
             paths += [path for path in found if any(path.weights[1:])]
@@ -73,7 +79,7 @@ class Sft(Objective):
         """Whether only the last response of a conversation is trained."""
         return self.config.mask_history or self.config.train_on == "last"
 
-    def _paths(self, turns, shared, first, renderer):
+    def _paths(self, turns: Sequence[Turn], shared: int, first: int, renderer: Renderer) -> list[Path]:
         """A branch as one path, and a path for each end of a turn that the template leaves to the next one.
 
         first: number of the branch's first response; shared: tokens of its prompt that stood in an earlier branch."""
@@ -95,11 +101,13 @@ class Sft(Objective):
             ids, weights = [*ids, renderer.tokenizer.eos_token_id], [*weights, turns[-1][2]]
         return [Path(ids, weights, f"response-{first + 1}" if first else "response"), *ends]
 
-    def _cut(self, pairs, weights, room, *, whole_prompt):
-        """The exchanges that fit, in order, as (source, target, weight of the target); and how much was cut.
+    def _cut(
+        self, pairs: Sequence[tuple[list[int], list[int]]], weights: Sequence[float], room: int, *, whole_prompt: bool
+    ) -> tuple[list[Turn], int]:
+        """The exchanges that fit, in order; and how many tokens were cut.
 
         whole_prompt: the first prompt holds history and is kept whole or not at all; a model never meets a piece."""
-        kept: list[tuple[list[int], list[int], float]] = []
+        kept: list[Turn] = []
         total = 0
         for nth in range(len(pairs) - 1, -1, -1) if self.last_only else range(len(pairs)):
             source, target = pairs[nth]
@@ -115,8 +123,3 @@ class Sft(Objective):
 
     def loss(self, policy, batch):
         return batch.mean(policy.nll(batch), over="token"), {}
-
-
-def _common(before, ids):
-    """How many tokens two sequences begin with alike."""
-    return next((nth for nth, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
