@@ -314,6 +314,17 @@ def test_wrong_column_names(home):
         prepared([{"path": lines(home / "c.jsonl", rows), "columns": columns}])
 
 
+def test_pairs_that_are_not_named_as_such(home):
+    class Two(Copy):
+        answers = (2, 2)
+
+    file = lines(home / "pairs.jsonl", [{"instruction": "q", "chosen": "a", "rejected": "b"}] * 3)
+    with pytest.raises(DataError, match=r"needs 2 .*with ranking: true and columns: \{chosen: \.\.\., rejected"):
+        prepared([{"path": file, "columns": {"prompt": "instruction"}}], Two())
+    with pytest.raises(DataError, match=r"brings 1 answer, the stage needs 2 .*with ranking: true"):
+        prepared(home / "rows.jsonl", Two())
+
+
 def test_columns_that_only_later_rows_have_are_no_mistake(home):
     columns = {"prompt": "instruction", "response": "output", "system": "s"}
     file = lines(home / "c.jsonl", [*ROWS, {"instruction": "q", "output": "a", "s": "late"}])

@@ -203,7 +203,7 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt():
         (talk(("system", "s")), "empty conversation"),
         (talk(), "empty conversation"),
         ({"conversations": "q"}, "'conversations' is not a list"),
-        ({"conversations": [{"role": "user", "content": "q"}]}, "a message without 'from' and 'value'"),
+        ({"conversations": [{"role": "user", "content": "q"}]}, "with role and content it is formatting: openai"),
         ({"conversations": ["q"]}, "a message without"),
         ({"conversations": [{"from": "human", "value": "q", "weight": -1}]}, "a message weight"),
         ({"conversations": [{"from": "gpt", "value": "q", "loss": "no"}]}, "a message loss that is not a number"),

@@ -248,10 +248,16 @@ def _probe(job: Job, ordinals: np.ndarray) -> None:
     if all(bad.reason.startswith("brings ") for bad in complaints):
         column = job.columns.name("messages" if "messages" in job.columns.given else "response")
         hint = f" There is no column {column!r}." + _near(str(column), there) if column and column not in there else ""
+        cure = "Name the column that holds the answers with columns: {response: ...}."
+        if job.objective.answers[0] > 1 and not job.columns.ranking:
+            hint = ""
+            cure = (
+                "Answers to compare are pairs, with ranking: true and columns: {chosen: ..., rejected: ...}, or lists "
+                "with scores, in the format ranked."
+            )
         raise DataError(
             f"data set {job.source.name!r} ({job.source.place}): every row {complaints[0].reason} (stage "
-            f"{stage_of(job.objective)}).{hint} It has: {', '.join(there)}. Name the column that holds the answers "
-            "with columns: {response: ...}."
+            f"{stage_of(job.objective)}).{hint} It has: {', '.join(there)}. {cure}"
         )
 
 

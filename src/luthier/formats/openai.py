@@ -40,7 +40,9 @@ def read(row: Mapping[str, Any], columns: Columns) -> Example:
 
 def _message(turn: Any, tags: Mapping[str, str], where: str) -> Message:
     if not isinstance(turn, Mapping) or tags["role_tag"] not in turn:
-        raise BadRow(f"a message without {tags['role_tag']!r}", f"{where}: {excerpt(turn)}")
+        sharegpt = isinstance(turn, Mapping) and "from" in turn and "value" in turn
+        cure = "; with from and value it is formatting: sharegpt" if sharegpt else ""
+        raise BadRow(f"a message without {tags['role_tag']!r}{cure}", f"{where}: {excerpt(turn)}")
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "system")}
     known = roles | {"developer": "system", "function": "observation"}
     role = turn[tags["role_tag"]]

@@ -29,7 +29,9 @@ def read(row: Mapping[str, Any], columns: Columns) -> Example:
 def _message(turn: Any, columns: Columns, where: str) -> Message:
     role_key, content_key = columns.tags["role_tag"], columns.tags["content_tag"]
     if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-        raise BadRow(f"a message without {role_key!r} and {content_key!r}", f"{where}: {excerpt(turn)}")
+        openai = isinstance(turn, Mapping) and "role" in turn and "content" in turn
+        cure = "; with role and content it is formatting: openai" if openai else ""
+        raise BadRow(f"a message without {role_key!r} and {content_key!r}{cure}", f"{where}: {excerpt(turn)}")
     roles = {columns.tags[f"{role}_tag"]: role for role in ROLES}
     role = turn[role_key]
     if not isinstance(role, str) or role not in roles:
