@@ -272,6 +272,7 @@ def test_openai_keeps_what_is_said_before_a_call():
     [
         ({"role": "bot", "content": "a"}, "unknown role"),
         ({"content": "a"}, "a message without 'role'"),
+        ({"from": "gpt", "value": "a"}, "with from and value it is formatting: sharegpt"),
         ({"role": "assistant", "content": [{"type": "image_url"}]}, "a message that is not text"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "a tool call without a name"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "not JSON"),
