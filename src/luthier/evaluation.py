@@ -89,7 +89,7 @@ def evaluate(subject: Subject) -> dict[str, float]:
             run.data.dataset,
         )
     setup = _policy(subject, tokenizer, args)
-    sets = {name: bundles(run, part) for name, part in (data.eval or {"": data.train}).items()}
+    sets = {name: bundles(run, part) for name, part in (data.eval or {"": data.whole}).items()}
     largest = max(sets.values(), key=len)
     laid_out = lay_out(run, largest, setup, tokenizer, batch_size=args.per_device_eval_batch_size)
     trainer = make_trainer(

@@ -76,6 +76,16 @@ def test_state_space_models_fall_back_to_padded_rows_loudly(caplog):
     assert "Falling back to padded" in caplog.text
 
 
+def test_the_check_looks_at_the_first_row_with_something_to_compare():
+    nothing = (Encoded((), extra={"rounds": []}), "a:0")
+    items = Examples([nothing, nothing, *ITEMS])
+    items.answers, items.longest = np.array([0, 0, 2, 1]), np.array([0, 0, 6, 5])
+    assert lay_out(Bundles(items), PolicySetup(mamba()), wish="shared", batch_size=1, pad_id=3).layout == "padded"
+    assert lay_out(Bundles(items), PolicySetup(build_model("llama")), wish="shared", batch_size=1, pad_id=3).layout == (
+        "shared"
+    )
+
+
 def test_logits_changed_after_the_head_in_an_unknown_way_stop_the_run():
     model = build_model("llama")
     forward = model.forward

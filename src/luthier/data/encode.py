@@ -44,12 +44,18 @@ PROBED = 20
 class Prepared:
     """The data of a run."""
 
-    train: EncodedSet | None
+    whole: EncodedSet | None
+    """What comes of `dataset`, also the examples that bring nothing to train."""
     eval: dict[str, EncodedSet | Examples]
     """By name; "" is the key of a single set."""
     report: DataReport
     stream: Stream | None = None
     """In place of `train`, where rows are encoded while training."""
+
+    @property
+    def train(self) -> EncodedSet | None:
+        """What is trained on."""
+        return None if self.whole is None else self.whole.trained
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _stored(
     train_set, eval_sets = _assemble(config, train, evaluated, stores, seed)
     report = DataReport(
         {name: Tally.from_dict(store.meta["tally"]) for name, store in stores.items()},
-        0 if train_set is None else len(train_set),
+        0 if train_set is None else len(train_set.trained),
         {name: len(part) for name, part in eval_sets.items()},
     )
     _refuse_if_all_cut(report.total, cutoff_len, train_set)

@@ -160,7 +160,7 @@ def encode_rows(job: Job, chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     """One batch of rows, encoded, and what was counted."""
     items, tally = encode_items(job, chunk)
     batch = table(items, job.objective.columns)
-    tally.items = len(items)
+    tally.items = sum(bool(encoded.paths) for _, encoded in items)
     tally.tokens, tally.path_tokens, tally.supervised = (
         int(batch.column(name).to_numpy().sum()) for name in ("tree_tokens", "path_tokens", "supervised")
     )

@@ -77,7 +77,7 @@ def _units(encoded: Sequence[Encoded], layout: str) -> list[_Unit]:
     for example in encoded:
         numbered = [(answer + i, path) for i, path in enumerate(example.paths)]
         answer += len(numbered)
-        for together in [numbered] if layout == "shared" else [[one] for one in numbered]:
+        for together in [numbered] if layout == "shared" and numbered else [[one] for one in numbered]:
             tree, nodes = grow_paths([path for _, path in together])
             units.append(_Unit(tree, tuple((n, path, at) for (n, path), at in zip(together, nodes))))
     return units

@@ -166,6 +166,12 @@ class EncodedSet:
         return int(self.stores[self.which[index]].numbers["row"][self.item[index]])
 
     @cached_property
+    def trained(self) -> EncodedSet:
+        """The examples that bring anything to train; the others are for what is measured of whole requests."""
+        used = self.answers > 0
+        return self if used.all() else EncodedSet(self.stores, self.which[used], self.item[used])
+
+    @cached_property
     def answers(self) -> np.ndarray:
         """int64 [N]: paths of each example."""
         return self._gather("answers")

@@ -152,7 +152,8 @@ class AcceptHead(Objective):
             trees.append(Encoded(paths, sum(row.truncated for row in members), {ROUNDS: told}))
         if trees and matched:
             trees[0] = replace(trees[0], extra={ROUNDS: [*trees[0].extra[ROUNDS], *matched]})
-        return trees
+        # A request without a scored mismatch trains nothing, but what decoding keeps of it counts.
+        return trees or [Encoded((), extra={ROUNDS: matched})]
 
     def loss(self, policy, batch):
         logit = policy.verdict_at_tokens(batch)[:, 0]

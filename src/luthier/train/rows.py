@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -87,7 +88,7 @@ def lay_out(
     choice = choose(train, wish, batch_size, noisy=noisy)
     log.info(choice.reason())
     layout = choice.layout
-    first = [item for index in range(min(batch_size, len(train))) for item in train[index]]
+    first = [item for bundle in _telling(train, batch_size) for item in bundle]
     if lay is not collate and not any(MEDIA in encoded.extra for encoded, _ in first):
         every = (item for index in range(len(train)) for item in train[index])
         first += [item for item in every if MEDIA in item[0].extra][:1]
@@ -130,7 +131,7 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
 
     All processes take the same batch, since they compute together.
     """
-    first = [rows.train[index] for index in range(min(batch_size, len(rows.train)))]
+    first = list(_telling(rows.train, batch_size))
     verdict = _verdict(setup, rows.collator(first)["batch"].to(device))
     if not verdict.holds:
         raise TrainingError(
@@ -138,6 +139,11 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
             "layout: padded, or verify_layout: false only if you know why."
         )
     log.info("first batch checked: %s rows agree to %.1e nats", rows.layout, verdict.difference)
+
+
+def _telling(train: Bundles, count: int) -> Iterator[list[tuple[Encoded, str]]]:
+    """The first rows in which there is something to compare."""
+    return islice((row for row in map(train.__getitem__, range(len(train))) if any(e.paths for e, _ in row)), count)
 
 
 def _verdict(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Verdict:
