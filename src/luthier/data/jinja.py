@@ -159,12 +159,11 @@ def _calls(template: Template) -> str:
 def _results(template: Template, write: Write) -> str:
     """What a tool answered; the answers of several in a row are one turn where the template joins them."""
     tool = f"{{{{ {write(template.without_opening('observation'), 'content')} }}}}"
-    joint = "\n" if template.results_joint is None and template.opening is None else template.results_joint
-    if joint is None:
+    if template.joint is None:
         return tool
     return (
         "{% if loop.index0 and turns[loop.index0 - 1]['role'] == 'tool' %}"
-        f"{{% set ns.results = ns.results + {quoted(joint)} + content %}}"
+        f"{{% set ns.results = ns.results + {quoted(template.joint)} + content %}}"
         "{% else %}{% set ns.results = content %}{% endif %}"
         "{% if loop.last or turns[loop.index0 + 1]['role'] != 'tool' %}"
         f"{{% set content = ns.results %}}{tool}{{% endif %}}"

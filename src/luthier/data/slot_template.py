@@ -155,9 +155,7 @@ class SlotRenderer:
     def _checked(self, messages: Sequence[Message], *, response_last: bool) -> list[Message]:
         """The messages in an order this template can render; raises TemplateError."""
         check_ends(messages, response_last=response_last, template=self.name)
-        joint = self.template.results_joint
-        if joint is None and self.template.opening is None:
-            joint = "\n"
+        joint = self.template.joint
         messages = list(messages) if joint is None else join_results(messages, joint)
         if self.template.opening is None:
             check_alternation(messages, self.name)

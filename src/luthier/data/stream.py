@@ -111,16 +111,17 @@ class Stream:
     def _rows_at(self, place: np.ndarray) -> Pairs:
         """(set, row) at places of the endless order."""
         epoch, within = np.divmod(place, self.epoch)
-        if self.shuffle:
-            within = within.copy()
-            for era, block in {*zip(epoch.tolist(), (within // self.block).tolist())}:
-                here = (epoch == era) & (within // self.block == block)
-                first = block * self.block
-                size = min(self.block, self.epoch - first)
-                order = np.random.default_rng((self.seed, era, block)).permutation(size)
-                within[here] = -1 - (first + order[within[here] - first])  # marked, so as not to be shuffled twice
-            within = -1 - within
-        return self._pairs_of(within + self.skip)
+        return self._pairs_of(self.skip + (self._shuffled(epoch, within) if self.shuffle else within))
+
+    def _shuffled(self, epoch: np.ndarray, within: np.ndarray) -> np.ndarray:
+        """What stands at these places of these epochs once each block is shuffled."""
+        shuffled, blocks = np.empty_like(within), within // self.block
+        for nth, block in {*zip(epoch.tolist(), blocks.tolist())}:
+            here = (epoch == nth) & (blocks == block)
+            first = block * self.block
+            order = np.random.default_rng((self.seed, nth, block)).permutation(min(self.block, self.epoch - first))
+            shuffled[here] = first + order[within[here] - first]
+        return shuffled
 
     def _pairs_of(self, index: np.ndarray) -> Pairs:
         if self.pairs is None:

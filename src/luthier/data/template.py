@@ -95,7 +95,7 @@ class Template:
     """What begins a response: the end of the slots of user and observation. Where no response follows it is left out,
     where one response follows another it is put between them. Unset: turns must alternate."""
     results_joint: str | None = None
-    """What stands between the answers of several tools in a row, which then are one turn; unset: each is a turn."""
+    """What stands between the answers of several tools in a row, which then are one turn; unset: see `joint`."""
     tool_format: str = "default"
     default_system: str = ""
     stop_words: tuple[str, ...] = ()
@@ -120,6 +120,12 @@ class Template:
     """The tokenizer's own chat template gives way to this one when saved: no model's maker ships this one."""
     document_end: str | None = None
     """What ends a pre-training document; unset: eos."""
+
+    @property
+    def joint(self) -> str | None:
+        """What stands between the answers of several tools in a row; None: each is a turn. Where turns must alternate,
+        answers in a row have to be one."""
+        return "\n" if self.results_joint is None and self.opening is None else self.results_joint
 
     def slots(self, role: str) -> Parts:
         """The slots of a role, or of "system" or "prefix" or "opening", with those left unset filled in."""
@@ -198,9 +204,12 @@ def customise(template: Template, config: TemplateConfig) -> Template:
         if config.replace_eos and not template.stop_words:
             raise ConfigError(f"replace_eos: template {config.template!r} has no stop word to make eos of.")
         template = replace(template, replace_eos=config.replace_eos)
-    if not template.reasoning and (config.enable_thinking is False or config.preserve_thinking):
+    if not template.reasoning and (
+        config.enable_thinking is False or config.preserve_thinking or config.branch_thinking
+    ):
         log.warning(
-            "template %r has no thoughts: enable_thinking and preserve_thinking have no effect.", config.template
+            "template %r has no thoughts: enable_thinking, preserve_thinking and branch_thinking have no effect.",
+            config.template,
         )
     return template
 
