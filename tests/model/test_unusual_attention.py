@@ -39,6 +39,15 @@ def doge():
     return lively(transformers.DogeConfig(**SMALL | {"keep_window_size": 4}))
 
 
+def deepseek():
+    """Layers that see the tokens an indexer chooses, by code of their own for each implementation that they know."""
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    index = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "first_k_dense_replace": 2}
+    changes = ranks | index | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    settings = {name: value for name, value in (SMALL | changes).items() if name != "head_dim"}
+    return lively(transformers.DeepseekV32Config(**settings))
+
+
 def logps(model, path: Path) -> list[float]:
     """Of the supervised tokens, by the model's own forward pass over one path."""
     with torch.no_grad():
@@ -46,17 +55,17 @@ def logps(model, path: Path) -> list[float]:
     return [found[i - 1, path.ids[i]].item() for i in range(1, len(path.ids)) if path.weights[i]]
 
 
-@pytest.mark.parametrize("build", [llama4, doge])
+@pytest.mark.parametrize("build", [llama4, doge, deepseek])
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_rows_that_are_not_padded_are_refused_however_short(build, layout):
     model = build()
     assert model.config._attn_implementation == "sdpa", "Luthier's own attention takes the place of this one"
     short = Encoded((Path([9, 8], [0.0, 1.0]), Path([9, 7], [0.0, 1.0])))
-    with pytest.raises(ModelError, match="layers of the kind chunked_attention|a mask of its own"):
+    with pytest.raises(ModelError, match="layers of the kind (chunked|indexed)_attention|a mask of its own"):
         PolicySetup(model).bind().logps(collate([(short, "")], layout=layout, pad_id=3))
 
 
-@pytest.mark.parametrize("build", [llama4, doge])
+@pytest.mark.parametrize("build", [llama4, doge, deepseek])
 def test_padded_rows_are_what_the_model_computes_alone(build):
     model = build()
     expected = [value for path in PATHS for value in logps(model, path)]

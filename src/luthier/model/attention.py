@@ -96,14 +96,17 @@ def segment_pairs(segments: tuple[tuple[int, int, tuple[int, ...]], ...]) -> int
 
 
 def install(model: nn.Module) -> str:
-    """Make `model` attend by plan; returns `luthier`, or `eager` for models that need masks instead."""
+    """Make `model` attend by plan; returns `luthier`, or the model's own implementation: `eager` for models that need
+    masks instead, any for those whose layers take none."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    if model.config._attn_implementation == "eager":
-        return "eager"
+    own = model.config._attn_implementation
+    if own == "eager" or _unmasked(model.config.get_text_config()):
+        # Code of such layers (DeepSeek V3.2) also asks which implementation it is, and sees all where it knows none.
+        return own
     model.set_attn_implementation(NAME)
     return NAME
 
@@ -120,9 +123,8 @@ def forward_arguments(
     if plan.kind == "plain":
         return {}
     kinds = getattr(model_config, "layer_types", None)
-    # Llama 4's chunks or a state would go unnoticed in rows shorter than they reach.
-    unknown = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
-    if unknown:
+    if unknown := _unmasked(model_config):
+        # Llama 4's chunks or a state would go unnoticed in rows shorter than they reach.
         raise ModelError(f"layers of the kind {', '.join(unknown)} take no attention mask; set layout: padded")
     if implementation == NAME and not explicit:
         placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.end.device)
@@ -140,6 +142,11 @@ def forward_arguments(
         mask = masks["sliding_attention" if window else "full_attention"]()
         return {"position_ids": plan.position, "attention_mask": mask}
     return {"position_ids": plan.position, "attention_mask": {kind: masks[kind]() for kind in sorted(set(kinds))}}
+
+
+def _unmasked(model_config: Any) -> list[str]:
+    """The kinds of layers that no mask of ours can steer."""
+    return sorted(set(getattr(model_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
