@@ -109,3 +109,17 @@ def test_kill_9_and_the_same_command_again(tmp_path, model_folder):
     for folder in ("killed", "killed/checkpoint-10"):
         assert (tmp_path / folder / "killed.yaml").read_text() == killed.read_text()
         assert (tmp_path / folder / "resolved_config.yaml").is_file()
+
+
+def test_a_pissa_run_that_goes_on_writes_what_it_would_have_written(tmp_path, model_folder):
+    """The folder of the adapter's start inside a checkpoint is no second adapter."""
+    config = yaml.safe_load(_config(tmp_path, model_folder, "straight", pause=0).read_text())
+    config |= {"pissa_init": True, "pure_bf16": True, "max_steps": 2, "eval_strategy": "no", "plugins": None}
+    fit(resolve(config))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "straight" / "checkpoint-1").rename(tmp_path / "broken" / "checkpoint-1")
+    fit(resolve(config | {"output_dir": str(tmp_path / "broken")}))
+    once, again = (tmp_path / name / "checkpoint-2" for name in ("straight", "broken"))
+    names = ["adapter_model.safetensors", "pissa_init/adapter_model.safetensors", "pissa_init/adapter_config.json"]
+    for name in ["adapter_config.json", *names]:
+        assert (once / name).read_bytes() == (again / name).read_bytes(), name

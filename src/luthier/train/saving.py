@@ -310,7 +310,8 @@ class Saving(Sharding):
         return {**facts, **self.objective.facts(self.processing_class)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if not isinstance(self.model, HeadOnly) and not self._load_renamed(resume_from_checkpoint):
+        loaded = isinstance(self.model, HeadOnly) or self._load_renamed(resume_from_checkpoint)
+        if not loaded and not self._load_adapter(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
 
@@ -328,6 +329,15 @@ class Saving(Sharding):
     def _load_renamed(self, folder: str) -> bool:
         # Engines that shard write the names that the model has in memory.
         return not self.sharded and renamed.load(self.model, Path(folder))
+
+    def _load_adapter(self, folder: str) -> bool:
+        """transformers would put adapters in folders inside, such as pissa_init/, on the model too."""
+        from peft import PeftModel
+
+        if self.sharded or not isinstance(self.model, PeftModel):
+            return False
+        self.model.load_adapter(folder, self.model.active_adapter, is_trainable=True)
+        return True
 
     def _load_head(self, folder: str) -> None:
         # Engines that shard keep the head with all other weights.
