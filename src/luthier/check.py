@@ -118,9 +118,13 @@ def check(run: Run) -> list[str]:
     from luthier.model.source import read_settings, sees
     from luthier.model.tokenizer import load_tokenizer
     from luthier.preview import prepare_data
+    from luthier.train import report
     from luthier.train.config import training_arguments
     from luthier.train.rows import bundle, choose
 
+    logging.quiet_libraries()
+    if run.train.plot_loss:
+        report.check_plotting()
     args = training_arguments(run.training, run.train)
     choose_optimiser(run, args)
     loading(run.quant, read_settings(run.model), None, sharded=False)

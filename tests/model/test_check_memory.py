@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def test_few_bits_are_few_bytes():
         ({"finetuning_type": "full", "use_galore": True}, "use_galore needs the package galore-torch"),
         ({"optim": "schedule_free_adamw"}, "optim: schedule_free_adamw needs the package schedulefree"),
         ({"quantization_bit": 8, "quantization_method": "quanto"}, "quanto needs optimum-quanto"),
+        ({"plot_loss": True}, "plot_loss: true needs matplotlib"),
     ],
 )
 def test_missing_packages_are_found_before_anything_is_loaded(model_folder, tmp_path, monkeypatch, keys, words):
@@ -42,7 +44,19 @@ def test_missing_packages_are_found_before_anything_is_loaded(model_folder, tmp_
 
     run = resolve({"model_name_or_path": str(model_folder), "dataset": "d", "output_dir": str(tmp_path)} | keys)
     real = importlib.util.find_spec
-    optional = ("galore_torch", "schedulefree", "optimum.quanto")
+    optional = ("galore_torch", "schedulefree", "optimum.quanto", "matplotlib")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in optional else real(name))
     with pytest.raises(ConfigError, match=words):
         check(run)
+
+
+def test_what_libraries_announce_is_not_among_the_findings(model_folder, tmp_path, recwarn):
+    from luthier.check import check
+    from luthier.run import resolve
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "q", "output": "a"}\n' * 4)
+    keys = {"model_name_or_path": str(model_folder), "dataset": str(rows), "output_dir": str(tmp_path / "out")}
+    warnings.simplefilter("default")
+    check(resolve(keys | {"stage": "sft", "template": "alpaca", "finetuning_type": "lora", "use_cpu": True}))
+    assert [str(warning.message) for warning in recwarn if warning.category is FutureWarning] == []
