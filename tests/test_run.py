@@ -304,6 +304,20 @@ def test_gradient_checkpointing(monkeypatch, accelerator, keys, on):
 
 
 @pytest.mark.parametrize(
+    "keys, name",
+    [
+        ({"use_reentrant_gc": True}, "use_reentrant_gc"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "activation_checkpointing_kwargs"),
+    ],
+)
+def test_how_to_recompute_has_no_effect_where_nothing_is_recomputed(monkeypatch, keys, name):
+    monkeypatch.setattr(training, "has_accelerator", lambda: False)
+    (note,) = resolve(BASE | keys).notes
+    assert note == f"{name}: gradient checkpointing is off, so that it has no effect."
+    assert resolve(BASE | keys | {"disable_gradient_checkpointing": False}).notes == ()
+
+
+@pytest.mark.parametrize(
     "keys, trains",
     [
         ({}, True),

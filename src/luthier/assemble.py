@@ -217,7 +217,7 @@ def make_policy(
             log.info("Dropout is off in %d modules: the policy is compared with its reference.", silenced)
         setup.reference = make_reference(run.reference, setup, run.model, dtype=weights(run, args))
     else:
-        for key in ("ref_model", "ref_model_adapters", "precompute_reference"):
+        for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit", "precompute_reference"):
             if run.keys.get(key):
                 log.warning("%s has no effect: stage %s compares with no reference model.", key, run.stage)
     return setup

@@ -20,7 +20,8 @@ from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, ke
 from luthier.core.errors import ConfigError
 from luthier.core.kinds import is_true
 from luthier.core.objective import Objective
-from luthier.rules import TRAINS
+from luthier.idle import idle
+from luthier.rules import TRAINS, Keys
 from luthier.train.config import TrainConfig, derive
 from luthier.train.keys import training_keys
 
@@ -177,6 +178,10 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
     settled.problems.extend(contradictions(given, settled, stage=stage, objective=objective, verb=verb))
     refuse(given.source, settled.problems)
     assert objective is not None
+    # Unset, do_train is not false: most runs train and do not say so.
+    values = settled.values | {"do_train": settled.sections["training"].get("do_train")}
+    defaults = {key.name: key.default for part in owners for key in part.keys.values()}
+    settled.warnings.extend(idle(Keys(values, given, stage), defaults, verb))
     return _finish(given, settled, objective, stage, verb)
 
 

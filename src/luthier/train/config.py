@@ -183,6 +183,9 @@ def _checkpointing(keys: dict[str, Any], train: TrainConfig, notes: list[str]) -
         given = next((value for value in options if value is not None), None)
         own = {"use_reentrant": train.use_reentrant_gc} | ({"offload": True} if train.activation_offload else {})
         keys[f"{name}_kwargs"] = own if given is None else own | given
+    elif any(options) or train.use_reentrant_gc:
+        named = "use_reentrant_gc" if train.use_reentrant_gc else f"{name}_kwargs"
+        notes.append(f"{named}: gradient checkpointing is off, so that it has no effect.")
 
 
 def _purpose(keys: dict[str, Any], notes: list[str]) -> None:
