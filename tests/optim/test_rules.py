@@ -189,6 +189,19 @@ def test_low_rank_states_of_the_targets_and_of_nothing_else(name):
         rule.build(model, rule.Config(**{f"use_{name}": True, f"{name}_target": "nope"}), task())
 
 
+def test_apollo_projects_the_other_side_only_where_its_channels_allow_it():
+    pytest.importorskip("apollo_torch")
+    left = {"use_apollo": True, "apollo_rank": 3, "apollo_proj_type": "left"}
+    with pytest.raises(
+        ConfigError, match=r"apollo_proj_type: left does not suit model.layers.0.*q_proj.weight \(32 x 32"
+    ):
+        apollo.build(build_model("llama"), apollo.Config(**left), task())
+    # down_proj is 32 x 48: its shorter side is the left one
+    for keys in ({"apollo_target": "down_proj"}, {"apollo_scale_type": "tensor"}):
+        model = build_model("llama")
+        steps(model, apollo.build(model, apollo.Config(**left, **keys), task()), [0, 1])
+
+
 @pytest.mark.parametrize(
     "wanted, ends",
     [

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from luthier.core.errors import ConfigError
 from luthier.optim._projected import check_layerwise, project
-from luthier.optim._task import ADAMW, Task, one_of
+from luthier.optim._task import ADAMW, Task, matrices, one_of, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +63,7 @@ def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
     from apollo_torch.random_projector import GradientProjector
     from apollo_torch.svd_projector import GaLoreProjector
 
+    _check_channels(model, config)
     return project(
         model,
         task,
@@ -79,3 +81,17 @@ def build(model: nn.Module, config: Config, task: Task) -> Optimizer:
         settings=task.adam | {"scale_front": config.apollo_scale_front, "no_deprecation_warning": True},
         layerwise=config.apollo_layerwise,
     )
+
+
+def _check_channels(model: nn.Module, config: Config) -> None:
+    """Raise ConfigError where the package would scale channels along the side that is projected, and break."""
+    if config.apollo_scale_type != "channel" or config.apollo_proj_type == "std":
+        return
+    chosen = matrices(model, "apollo_target", config.apollo_target)
+    for name, weight in trained(model):
+        if name in chosen and (weight.shape[0] < weight.shape[1]) != (config.apollo_proj_type == "left"):
+            rows, columns = weight.shape
+            raise ConfigError(
+                f"apollo_proj_type: {config.apollo_proj_type} does not suit {name} ({rows} x {columns}): with "
+                "apollo_scale_type: channel the shorter side is projected. Write std, or apollo_scale_type: tensor."
+            )
