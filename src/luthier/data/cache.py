@@ -8,9 +8,8 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -164,24 +163,3 @@ def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:
             os.replace(aside / name, root / key / name)
     finally:
         shutil.rmtree(aside)
-
-
-def interactive() -> bool:
-    """Whether somebody is watching a terminal, and this is the process that talks to them."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-
-
-def progress(starts: range, what: str, step: int) -> Iterable[int]:
-    """The same numbers, with a bar where somebody is watching; each stands for `step` examples."""
-    if not interactive():
-        yield from starts
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*look, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=starts.stop)
-        for start in starts:
-            yield start
-            shown.advance(task, min(step, starts.stop - start))

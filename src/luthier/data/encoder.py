@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -23,7 +23,8 @@ from luthier.core.errors import DataError, TemplateError
 from luthier.core.objective import Objective
 from luthier.core.registry import find
 from luthier.core.types import Encoded, Example
-from luthier.data.cache import Printed, interactive
+from luthier.data.bar import bar
+from luthier.data.cache import Printed
 from luthier.data.conversation import answered
 from luthier.data.files import File, Row
 from luthier.data.groups import PLACE, Groups
@@ -71,10 +72,11 @@ class Job:
 
     def rows(self, ordinals: np.ndarray) -> Iterator[tuple[Origin, str, Row]]:
         """These rows (ordinals over all files, ascending), each with `file:row`."""
-        ends = np.cumsum([len(file) for file in self.files])
-        for nth, file in enumerate(self.files):
-            first = int(ends[nth - 1]) if nth else 0
-            mine = ordinals[(ordinals >= first) & (ordinals < ends[nth])]
+        # Of thousands of files, a chunk's rows lie in few.
+        owners = np.searchsorted(self._ends, ordinals, side="right")
+        for nth in np.unique(owners).tolist():
+            file, first = self.files[nth], int(self._ends[nth - 1]) if nth else 0
+            mine = ordinals[owners == nth]
             for ordinal, row in zip(mine.tolist(), file.take((mine - first).tolist())):
                 number = file.number(ordinal - first)
                 place = f"{file.path}:{number}"
@@ -83,6 +85,11 @@ class Job:
                     place,
                     row if self.groups is None else self.groups.merged(row, nth, place),
                 )
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """int64 [files]: one past the last row of each file, as ordinals over all files."""
+        return np.cumsum([len(file) for file in self.files])
 
     def read(self, row: Row) -> Example:
         """A row as an Example with as many answers as the stage can take; raises BadRow, DataError for too many."""
@@ -248,7 +255,7 @@ def encode_source(
     total = Tally()
 
     def batches(encoded: Iterable[tuple[pyarrow.RecordBatch, Tally]]) -> Iterator[pyarrow.RecordBatch]:
-        for batch, tally in _progress(encoded, job.source.name, len(ordinals)):
+        for batch, tally in bar(encoded, f"Encoding {job.source.name}", len(ordinals), lambda made: made[1].rows):
             total.add(tally)
             yield batch
 
@@ -283,24 +290,6 @@ def _start_worker(job: Job) -> None:
 
 def _work(chunk: Chunk) -> tuple[pyarrow.RecordBatch, Tally]:
     return encode_rows(_job[0], chunk)
-
-
-def _progress(
-    encoded: Iterable[tuple[pyarrow.RecordBatch, Tally]], name: str, rows: int
-) -> Iterator[tuple[pyarrow.RecordBatch, Tally]]:
-    """The same, with a bar where somebody is watching."""
-    if not interactive():
-        yield from encoded
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*look, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"Encoding {name}", total=rows)
-        for batch, tally in encoded:
-            progress.advance(task, tally.rows)
-            yield batch, tally
 
 
 def _texts(renderer: Warm, example: Example) -> list[str]:

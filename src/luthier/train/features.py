@@ -19,7 +19,8 @@ from luthier.core.batch import Batch
 from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
 from luthier.core.types import Path as TokenPath
-from luthier.data.cache import cached, key_of, progress, sha
+from luthier.data.bar import batch_bar
+from luthier.data.cache import cached, key_of, sha
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
 from luthier.data.store import ITEMS, META, write
@@ -96,7 +97,7 @@ class Features:
         self.setup.model.eval()
         device = next(self.setup.model.parameters()).device
         starts = range(0, len(examples), self.batch_size)
-        for start in progress(starts, f"Reading the hidden states of {name}", self.batch_size):
+        for start in batch_bar(starts, f"Reading the hidden states of {name}"):
             items = [examples[i] for i in range(start, min(start + self.batch_size, len(examples)))]
             batch = self.collator([items])["batch"].to(device)
             found = hidden_at_tokens(self.setup, batch).to(getattr(torch, self._kind)).cpu().numpy()

@@ -22,7 +22,8 @@ import torch
 from luthier.core.errors import TrainingError
 from luthier.core.types import ASIDE, NAN, Encoded
 from luthier.core.types import Path as TokenPath
-from luthier.data.cache import cached, key_of, progress, sha
+from luthier.data.bar import batch_bar
+from luthier.data.cache import cached, key_of, sha
 from luthier.data.layout import collate
 from luthier.data.source import DataConfig
 from luthier.data.store import ITEMS, META, write
@@ -92,7 +93,7 @@ class Precompute:
         """Log-probs of the supervised tokens of each example, path after path, a list a forward pass."""
         count = len(rows.examples)
         starts = range(0, count, self.batch_size)
-        for start in progress(starts, f"Asking the reference about {name}", self.batch_size):
+        for start in batch_bar(starts, f"Asking the reference about {name}"):
             items = [_completed(rows, index) for index in range(start, min(start + self.batch_size, count))]
             yield self._ask(items)
 
