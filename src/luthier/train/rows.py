@@ -100,6 +100,9 @@ def lay_out(
         shows = lay is not collate and attempt != "padded"
         padded = lay(first, layout="padded", pad_id=pad_id, columns=columns).to(device) if shows else None
         verdict = _verdict(setup, batch, padded)
+        for row in _extremes(train) if verdict.holds and lay is collate and attempt != "padded" else ():
+            batch = lay(row, layout=attempt, pad_id=pad_id, columns=columns).to(device)
+            verdict = max(verdict, _verdict(setup, batch), key=lambda found: found.difference)
         if verdict.holds:
             log.info(
                 "first batch checked: %s rows agree with one plain forward pass per answer to %.1e nats",
@@ -132,7 +135,9 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
     All processes take the same batch, since they compute together.
     """
     first = list(_telling(rows.train, batch_size))
-    verdict = _verdict(setup, rows.collator(first)["batch"].to(device))
+    checked = [first, *([row] for row in _extremes(rows.train) if rows.layout != "padded")]
+    found = [_verdict(setup, rows.collator(batch)["batch"].to(device)) for batch in checked]
+    verdict = max(found, key=lambda one: one.difference)
     if not verdict.holds:
         raise TrainingError(
             f"{type(setup.model).__name__} does not honour the attention mask of {rows.layout} rows ({verdict}). Write "
@@ -144,6 +149,20 @@ def confirm(rows: Rows, setup: PolicySetup, batch_size: int, device: torch.devic
 def _telling(train: Bundles, count: int) -> Iterator[list[tuple[Encoded, str]]]:
     """The first rows in which there is something to compare."""
     return islice((row for row in map(train.__getitem__, range(len(train))) if any(e.paths for e, _ in row)), count)
+
+
+def _extremes(train: Bundles) -> Iterator[list[tuple[Encoded, str]]]:
+    """The row with the longest answer and the one with the most answers.
+
+    The first may be too short to leave a window that a model counts in its own way (GPT-Neo), or may hold one sequence
+    alone, as a piece of a long document does.
+    """
+    examples: Examples = train.examples  # type: ignore[assignment]
+    longest, answers = examples.longest.tolist(), examples.answers.tolist()
+    bundles = train.bundles if train.bundles is not None else [[i] for i in range(len(longest))]
+    far = max(range(len(bundles)), key=lambda row: max((longest[i] for i in bundles[row]), default=0))
+    full = max(range(len(bundles)), key=lambda row: sum(answers[i] for i in bundles[row]))
+    return map(train.__getitem__, dict.fromkeys((far, full)))
 
 
 def _verdict(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Verdict:
