@@ -231,3 +231,31 @@ def test_schedule_free_with_a_schedule_is_pointed_out(stocked, caplog):
         caplog.clear()
         chosen(optim="schedule_free_adamw", training={"lr_scheduler_type": "constant"})
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("optim", "training", "words"),
+    [
+        ("sgd", {"adam_beta2": 0.95}, ["adam_beta2 has no effect on optim: sgd."]),
+        ("sgd", {"optim_args": "momentum=0.9, foo=1"}, ["optim_args: foo=1 has no effect on optim: sgd."]),
+        ("adamw_torch", {"optim_args": "foo=1", "adam_beta1": 0.8}, ["optim_args: foo=1 has no effect on optim"]),
+        ("adafactor", {"adam_epsilon": 1e-6}, ["adam_epsilon has no effect on optim: adafactor."]),
+        ("adamw_torch", {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}, []),
+    ],
+)
+def test_settings_that_never_reach_the_optimiser_are_said(caplog, optim, training, words):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        chosen(optim=optim, training=training)
+    assert len(caplog.records) == len(words) and all(word in caplog.text for word in words)
+
+
+def test_optim_args_with_an_optimiser_of_its_own_keys(stocked, caplog):
+    with caplog.at_level(logging.WARNING, logger="luthier"):
+        chosen(use_galore=True, training={"optim_args": "rank=4"})
+    assert "optim_args has no effect: the optimiser is made by galore, whose own keys set it." in caplog.text
+
+
+@pytest.mark.parametrize("text", ["momentum", "momentum=high"])
+def test_optim_args_that_cannot_be_read(text):
+    with pytest.raises(ConfigError, match=f"optim_args: '{text}' cannot be read for optim: sgd"):
+        chosen(optim="sgd", training={"optim_args": text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ PACKAGES: tuple[tuple[str, str, str], ...] = (
 )
 """What names of `optim` need: how they begin, the import name, what to ask pip for."""
 
+ADAM: dict[str, float] = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+"""Keys that not every optimiser reads, with their defaults."""
+
 CUDA_ONLY = ("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise")
 """Names of `optim` whose packages know no other device."""
 
@@ -70,9 +74,13 @@ def choose(configs: Mapping[str, Any], task: Task) -> tuple[type[Factory], dict[
             named[0] if named else f"optim: {task.optim}",
         )
     if named:
+        if task.args.optim_args and named != ["loraplus"]:
+            log.warning("optim_args has no effect: the optimiser is made by %s, whose own keys set it.", named[0])
         return _made_by(named[0], configs[named[0]], task)
     _check_named(task)
     low_rank = low_rank_names.meant(task)
+    if low_rank is None:
+        _check_settings(task)
     return None if low_rank is None else _made_by(*low_rank)
 
 
@@ -105,6 +113,36 @@ def _check_named(task: Task) -> None:
             raise ConfigError(f"warmup_steps: optim: {task.optim} wants a number of steps, not a share of all.")
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "constant":
             log.warning("optim: %s plans its own steps; lr_scheduler_type: constant suits it.", task.optim)
+
+
+def _check_settings(task: Task) -> None:
+    """Say what is set and never reaches the optimiser. Raises ConfigError for optim_args that cannot be read."""
+    from transformers import Trainer
+
+    args = task.args
+    parts = [part for part in (args.optim_args or "").replace(" ", "").split(",") if part]
+    changes: dict[str, tuple[str, Any]] = {
+        name: (name, default) for name, default in ADAM.items() if getattr(args, name) != default
+    }
+    for part in parts:
+        changes[f"optim_args: {part}"] = ("optim_args", ",".join(other for other in parts if other != part) or None)
+    if not changes or task.optim in ("lomo", "adalomo"):  # which want the model, and take none of these
+        return
+
+    def settings(**changed: Any) -> dict[str, Any]:
+        other = copy.copy(args)  # `replace` would begin the whole set-up of devices and processes again
+        vars(other).update(changed)
+        return Trainer.get_optimizer_cls_and_kwargs(other)[1]
+
+    try:
+        idle = [said for said, (name, value) in changes.items() if settings(**{name: value}) == settings()]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"optim_args: {args.optim_args!r} cannot be read for optim: {task.optim} ({error}). Write name=number, "
+            "separated by commas."
+        ) from error
+    for said in idle:
+        log.warning("%s has no effect on optim: %s.", said, task.optim)
 
 
 def _check_in_backward(task: Task) -> None:
