@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.adapters import freeze, full
+from luthier.adapters import freeze, full, lora
 from luthier.core.errors import ConfigError
 from luthier.model.adapt import AdapterConfig, adapt, count_parameters
 from luthier.model.source import ModelConfig
@@ -133,6 +133,18 @@ def test_shared_weights_are_counted_once():
     count = count_parameters(adapted)
     assert (count.trainable, count.total) == (per_layer, total)
     assert f"{per_layer:,} of {total:,}" in str(count)
+
+
+@pytest.mark.parametrize("method", [full, lora])
+def test_keys_of_models_that_read_images_are_said_to_be_idle_on_others(caplog, method):
+    kind = method.__name__.rpartition(".")[2]
+    changed = {"freeze_language_model": True, "freeze_vision_tower": False}
+    with caplog.at_level("WARNING", logger="luthier"):
+        for keys in ({}, changed):
+            config = AdapterConfig(finetuning_type=kind, **keys)
+            adapt(build_model("llama"), config, method.Config(), model_config=HERE, trainable=True)
+    said = sorted(record.getMessage() for record in caplog.records)
+    assert said == [f"{key} has no effect: the model reads no images." for key in changed]
 
 
 def test_every_parameter_can_be_listed(caplog):

@@ -7,11 +7,14 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
+from luthier.core.log import get_logger
 from luthier.model.modules import as_names, embeddings, linear, matching
 from luthier.model.source import sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = get_logger("model")
 
 KEYS = {
     "vision": "freeze_vision_tower",
@@ -45,6 +48,7 @@ def aimed(model: PreTrainedModel, keys: Any, still: Collection[str]) -> Any:
     """The keys of an adapter with its targets named one by one, none of them in a part that stands still."""
     part = part_of(model)
     if part is None:
+        _say_idle(still)
         return keys
     changes = {}
     for key in (item.name for item in fields(keys) if item.name.endswith("_target")):
@@ -60,12 +64,19 @@ def hold_still(model: PreTrainedModel, still: Collection[str]) -> None:
     """Freeze these parts of a model whose own weights are trained. Raises ConfigError if nothing is left to train."""
     part = part_of(model)
     if part is None:
+        _say_idle(still)
         return
     for name, weight in model.named_parameters():
         if part(name) in still:
             weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ConfigError(f"nothing is left to train: {_said(still)}.")
+
+
+def _say_idle(still: Collection[str]) -> None:
+    for part in KEYS:
+        if (part in still) is (part == "language"):  # not as by default
+            log.warning("%s has no effect: the model reads no images.", KEYS[part])
 
 
 def _said(still: Collection[str]) -> str:
