@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -17,6 +18,8 @@ import transformers
 
 from luthier import collect, serving
 from luthier.cli import main
+from luthier.collection import Pair, summarise
+from luthier.core import log
 from luthier.core.registry import find
 from luthier.core.types import Example, Message
 from luthier.engines.hf import Engine
@@ -44,6 +47,14 @@ def folder(model_folder, tmp_path_factory):
 @pytest.fixture
 def source(tmp_path):
     return write(tmp_path / "in.jsonl", [{"prompt": text} for text in ASKED])
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+    """What is logged, also where no test before this one has set up the log."""
+    log.set_up()
+    monkeypatch.setattr(logging.getLogger("luthier"), "propagate", True)
+    return caplog
 
 
 def write(path, rows):
@@ -260,8 +271,8 @@ def test_the_share_that_is_held_out():
     assert not any(collect.held_out(questions, 0.0))
 
 
-def test_what_it_adds_up_to(folder, source, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="luthier"):
+def test_what_it_adds_up_to(folder, source, tmp_path, told):
+    with told.at_level("INFO", logger="luthier"):
         run(folder, source, tmp_path / "out", "draft=prompt_lookup", "collect_scorer=prob")
     rounds = lines(tmp_path / "out" / "train.jsonl")
     contexts = lines(tmp_path / "out" / "context.jsonl")
@@ -285,21 +296,39 @@ def test_what_it_adds_up_to(folder, source, tmp_path, caplog):
         "unscored": 0,
         "empty_drafts": empty,
         "acceptance_rate": pytest.approx(sum(leads) / sum(len(draft) for draft, _ in pairs)),
-        "tokens_per_target_pass": pytest.approx((sum(leads) + len(rounds) + empty) / (len(rounds) + empty)),
+        # Greedy answers, walked as decoding goes: no more tokens than the answers have.
+        "tokens_per_target_pass": pytest.approx(
+            sum(len(line["answer_ids"]) for line in contexts) / (len(rounds) + empty)
+        ),
         "mismatches": len(scores),
         "mean_score": pytest.approx(sum(scores) / len(scores)),
         "histogram": [sum(i - 0.5 <= score < i + 0.5 for score in scores) for i in range(11)],
     }
-    assert empty > 0 and f"{len(rounds)} rounds" in caplog.text and f"{empty} drafts were empty" in caplog.text
-    assert "collecting: 6 of 6" in caplog.text
+    assert empty > 0 and f"{len(rounds)} rounds" in told.text and f"{empty} drafts were empty" in told.text
+    assert "collecting: 6 of 6" in told.text
 
 
-def test_what_cannot_be_scored_is_left_out_and_counted(folder, source, tmp_path, caplog):
+def test_a_pass_that_ends_an_answer_brings_no_token_after_it(tmp_path):
+    home = Pair(tmp_path / "out")
+    home.done()
+    known = {"prompt_ids": [9, 9, 9], "answer_ids": [5, 6, 7, 2], "finished": True, "empty_drafts": 0, "unscored": 0}
+    walked = [(3, [5, 6], [5, 6, 7]), (6, [2], [2, 8])]
+    rounds = [
+        {"req_id": "0", "context_ids_len": at, "spd_round_draft_ids": draft, "spd_round_verifier_ids": says}
+        for at, draft, says in walked
+    ]
+    home.add([one | {"mismatch_index": [], "mismatch_score": []} for one in rounds], {"req_id": "0", **known})
+    summary = summarise(tmp_path / "out", [home])
+    assert (summary["accepted"], summary["acceptance_rate"]) == (3, 1)
+    assert summary["tokens_per_target_pass"] == 2, "four tokens in two passes"
+
+
+def test_what_cannot_be_scored_is_left_out_and_counted(folder, source, tmp_path, told):
     run(folder, source, tmp_path / "out", "collect_scorer=rerun", "answer_pattern=no such words")
     assert all(one["mismatch_index"] == one["mismatch_score"] == [] for one in lines(tmp_path / "out" / "train.jsonl"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["unscored"] > 10 and summary["mean_score"] is None
-    assert f"{summary['unscored']} mismatches got no score" in caplog.text
+    assert f"{summary['unscored']} mismatches got no score" in told.text
 
 
 def test_system_tools_and_earlier_turns_are_in_the_text():

@@ -103,8 +103,10 @@ def summarise(folder: Path, pairs: Iterable[Pair]) -> dict[str, Any]:
     pairs = list(pairs)
     requests = [line for pair in pairs for line in pair.requests()]
     count = {"rounds": 0, "drafted": 0, "accepted": 0}
+    tokens = 0
     scores: list[float] = []
     for pair in pairs:
+        ends = {line["req_id"]: len(line["prompt_ids"]) + len(line["answer_ids"]) for line in pair.requests()}
         for line in pair.rounds():
             draft, verifier = line["spd_round_draft_ids"], line["spd_round_verifier_ids"]
             agreed = next((i for i, (d, v) in enumerate(zip(draft, verifier)) if d != v), len(draft))
@@ -112,6 +114,8 @@ def summarise(folder: Path, pairs: Iterable[Pair]) -> dict[str, Any]:
             count["rounds"] += 1
             count["drafted"] += len(draft)
             count["accepted"] += agreed
+            # The pass that reaches the end of an answer brings no token beyond it.
+            tokens += min(agreed + 1, ends[line["req_id"]] - line["context_ids_len"])
     empty = sum(line["empty_drafts"] for line in requests)
     passes = count["rounds"] + empty
     summary = {
@@ -122,7 +126,7 @@ def summarise(folder: Path, pairs: Iterable[Pair]) -> dict[str, Any]:
         "unscored": sum(line["unscored"] for line in requests),
         "empty_drafts": empty,
         "acceptance_rate": _share(count["accepted"], count["drafted"]),
-        "tokens_per_target_pass": _share(count["accepted"] + passes, passes),
+        "tokens_per_target_pass": _share(tokens + empty, passes),
         "mismatches": len(scores),
         "mean_score": _share(sum(scores), len(scores)),
         "histogram": [sum(_bin(score) == i for score in scores) for i in range(11)],
