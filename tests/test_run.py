@@ -433,6 +433,12 @@ def test_a_tracker_whose_package_is_not_there_is_said_before_anything_is_loaded(
         training.training_arguments(run.training, run.train)
 
 
+@pytest.mark.parametrize("keys", [{}, {"report_to": None}, {"report_to": "none"}, {"report_to": []}])
+def test_no_tracker_in_any_spelling(keys):
+    run = resolve(BASE | keys)
+    assert training.training_arguments(run.training, run.train).report_to == []
+
+
 def test_tensorboard_folder(monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     run = resolve(BASE | {"logging_dir": "logs"})

@@ -112,11 +112,13 @@ def training_arguments(training: Mapping[str, Any], train: TrainConfig, **change
         os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
     _check_trackers(training.get("report_to"))
     keys = {name: value for name, value in training.items() if name not in DELIVERED}
+    if keys.get("report_to") is None:  # which transformers says it takes, and does not
+        keys["report_to"] = "none"
     if keys.get("use_liger_kernel"):
         keys["liger_kernel_config"] = liger_settings(keys.get("liger_kernel_config"))
     if keys.get("resume_from_checkpoint") in (True, False):
         del keys["resume_from_checkpoint"]
-    keys = {"report_to": "none", **keys, "disable_tqdm": True, "remove_unused_columns": False, **changes}
+    keys = {**keys, "disable_tqdm": True, "remove_unused_columns": False, **changes}
     try:
         return TrainingArguments(**keys)
     except (ValueError, ImportError) as error:
