@@ -24,6 +24,7 @@ from luthier.assemble import (
     weights,
 )
 from luthier.commands import parse_command
+from luthier.core import locks
 from luthier.core import log as logging
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.registry import every
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from luthier.train.trainer import Trainer
 
 log = logging.get_logger("fit")
+
+PATIENCE = 15.0
+"""Seconds that what is left of a killed run has to end, before a run with the same folder gives up."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,29 @@ class Result:
 
 def fit(run: Run) -> Result:
     """Train (and evaluate) what `run` describes; everything it leaves behind lies in `output_dir`."""
-    import transformers
-
-    from luthier.model.adapt import adapt, count_parameters, sidecars
-    from luthier.train import config, report, sharding
+    from luthier.train import config, report
 
     logging.quiet_libraries()
     if run.train.plot_loss:
         report.check_plotting()
     args = config.training_arguments(run.training, run.train)
     one_device_each(args)
-    going_on, args = _resume_from(run, args)
+    folder = Path(args.output_dir)
+    _writable(folder)
+    if not args.do_train or args.process_index:
+        return _fit(run, args)
+    with locks.alone(folder, patience=PATIENCE) as free:
+        return _fit(run, args, free=free)
+
+
+def _fit(run: Run, args: transformers.TrainingArguments, *, free: bool = True) -> Result:
+    """free: no other run is training into the folder."""
+    import transformers
+
+    from luthier.model.adapt import adapt, count_parameters, sidecars
+    from luthier.train import sharding
+
+    going_on, args = _resume_from(run, args, free)
     device = sharding.join(args, trains_backbone=run.objective.trains_backbone)
     sharded = sharding.splits(args)
     optimiser = choose_optimiser(run, args) if args.do_train else None
@@ -247,14 +263,15 @@ def _evaluated_last(trainer: Trainer) -> dict[str, float] | None:
     return found or None
 
 
-def _resume_from(run: Run, args: transformers.TrainingArguments) -> tuple[Path | None, transformers.TrainingArguments]:
+def _resume_from(
+    run: Run, args: transformers.TrainingArguments, free: bool
+) -> tuple[Path | None, transformers.TrainingArguments]:
     """The checkpoint to go on from, and the arguments with which its steps stay what they were."""
     from luthier.train import config, processes, resume, sharding
 
-    _writable(Path(args.output_dir))
     processes.one_folder(args, sharded=sharding.splits(args))
     asked, allow = run.training.get("resume_from_checkpoint"), run.resume.allow_config_change
-    found = resume.choose(args, asked=asked, overwrite=run.train.overwrite_output_dir)
+    found = resume.choose(args, asked=asked, overwrite=run.train.overwrite_output_dir, free=free)
     if found is None:
         return None, args
     adapter = (found / "adapter_config.json").is_file()

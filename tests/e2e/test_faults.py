@@ -17,7 +17,10 @@ import torch
 import yaml
 
 from luthier import cli
-from luthier.core import log, manifest
+from luthier import fit as fit_module
+from luthier.core import locks, log, manifest
+from luthier.core.errors import ConfigError
+from luthier.run import resolve
 from luthier.train import checkpoint
 from tests.e2e.killing import differing, in_child, in_ranks, left_behind, moment, straight, train
 from tests.exact.runs import furthest, trainer_for, weights
@@ -141,6 +144,35 @@ def test_a_survey_before_each_step_and_a_head_survive_a_kill(tmp_path, stage):
     assert furthest(weights(once), weights(again)) == 0.0
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (once, again)]
     assert losses[0] == losses[1]
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, model_folder, monkeypatch):
+    """The second is told so, and changes nothing there; nobody holds the folder when a run was killed, whatever it
+    left behind."""
+    keys = configuration(tmp_path, model_folder, "run", eval_strategy="no", metric_for_best_model=None, max_steps=2)
+    monkeypatch.setattr(fit_module, "PATIENCE", 0.2)
+    folder, told, orphan = tmp_path / "run", tmp_path / "told", tmp_path / "orphan"
+
+    def first() -> None:
+        with locks.alone(folder, patience=0) as free:
+            assert free
+            (folder / ".partial-checkpoint-1").mkdir()
+            if not (child := os.fork()):  # as those that load data
+                signal.pause()
+            orphan.write_text(str(child))
+            with pytest.raises(ConfigError, match="another run is training into") as caught:
+                fit_module.fit(resolve(keys))
+            told.write_text(str(caught.value))
+            assert (folder / ".partial-checkpoint-1").is_dir()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    folder.mkdir()
+    try:
+        assert in_child(first) == -signal.SIGKILL
+        assert str(folder) in told.read_text()
+        assert train(keys) == 0
+    finally:
+        os.kill(int(orphan.read_text()), signal.SIGKILL)
 
 
 # What the command line says

@@ -92,16 +92,17 @@ STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """Free as long as an optimiser step, over all processes, has as many rows as it had."""
 
 
-def choose(args: TrainingArguments, *, asked: bool | str | None, overwrite: bool) -> Path | None:
+def choose(args: TrainingArguments, *, asked: bool | str | None, overwrite: bool, free: bool = True) -> Path | None:
     """The checkpoint to go on from, None to begin. Every rank gets the answer of rank 0.
 
-    asked: `resume_from_checkpoint`. Removes what an interrupted run left half-written, and puts aside checkpoints that
-    this run does not go on with. Raises CheckpointError or ConfigError where there is nothing to go on from.
+    asked: `resume_from_checkpoint`. free: no other run is training into the folder. Removes what an interrupted run
+    left half-written, and puts aside checkpoints that this run does not go on with. Raises CheckpointError or
+    ConfigError where there is nothing to go on from, and where the folder is taken.
     """
     answer: list[Any] = [None]
     if args.process_index == 0:
         try:
-            answer = [_choose(args, asked, overwrite)]
+            answer = [_choose(args, asked, overwrite) if free else _taken(args)]
         except (CheckpointError, ConfigError) as error:
             answer = [error]
     if args.world_size > 1:
@@ -111,6 +112,13 @@ def choose(args: TrainingArguments, *, asked: bool | str | None, overwrite: bool
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
+
+
+def _taken(args: TrainingArguments) -> ConfigError:
+    return ConfigError(
+        f"output_dir: another run is training into {args.output_dir}. Wait until it has ended, stop it, or give this "
+        "run a folder of its own."
+    )
 
 
 def _choose(args: TrainingArguments, asked: bool | str | None, overwrite: bool) -> Path | None:
