@@ -124,7 +124,13 @@ def test_the_card_tells_where_the_weights_come_from(tmp_path):
         "tags": ["luthier", "sft", "lora"],
     }
     assert text.startswith("---\n") and (tmp_path / "README.md").exists()
-    for part in ("some/base", "`persona`, `plain`", "luthier train my.yaml", "| eval_loss | 1.2346 |", "2024-05-17"):
+    for part in (
+        "some/base",
+        "`persona`, `plain`",
+        "luthier train my.yaml` with the hyper-parameters",
+        "| eval_loss | 1.2346 |",
+        "2024-05-17",
+    ):
         assert part in text
     assert "| `learning_rate` | 0.0001 |" in text and "- transformers " in text and "| train_loss | 2 |" in text
 

@@ -31,7 +31,8 @@ _CARD = """\
 
 {base} fine-tuned with Luthier (stage `{stage}`, `{method}`) on {data}.
 
-To train it again: `{command}`; the configuration as it was written lies beside the weights.
+To train it again: `{command}` with the hyper-parameters below; the configuration as it was written, and
+with all that the command line and defaults added (`resolved_config.yaml`), lies beside the weights.
 
 ## Results
 
