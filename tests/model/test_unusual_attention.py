@@ -10,6 +10,7 @@ import transformers
 from luthier.core.errors import ModelError
 from luthier.core.types import Encoded, Path
 from luthier.data.layout import collate
+from luthier.engines._trees import Trees
 from luthier.model.policy import PolicySetup
 from luthier.train.rows import lay_out
 from luthier.train.sampler import Bundles
@@ -110,3 +111,12 @@ def test_what_the_first_rows_do_not_show_the_longest_and_the_fullest_do(build, r
     assert found.layout == "padded"
     first = lay_out(Bundles(Examples(rows[0])), PolicySetup(build()), wish="shared", batch_size=1, pad_id=3)
     assert first.layout == "shared", "the first row alone shows nothing"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_scoring_looks_at_longer_answers_too(together):
+    trees = Trees(PolicySetup(gpt_neo()), pad_id=3)
+    items = [Encoded(SHORT), Encoded(PATHS)]
+    asked = [items] if together else [items[:1], items[1:]]
+    layouts = [batch.layout for part in asked for batch in trees.batches(part, 1)]
+    assert layouts == (["padded", "padded"] if together else ["shared", "padded"])
