@@ -164,7 +164,9 @@ def _feed(
         resume.check_data(going_on, mark, allow=run.resume.allow_config_change)
     if data.stream is not None:
         train = data.stream.laid_out(
-            run.layout.cutoff_len if packing else None, shuffle=not run.train.disable_shuffling
+            run.layout.cutoff_len if packing else None,
+            shuffle=not run.train.disable_shuffling,
+            seed=args.data_seed,
         )
     late = partial(confirm, laid_out, setup, args.per_device_train_batch_size, args.device)
     if not run.objective.trains_backbone:

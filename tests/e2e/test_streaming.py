@@ -56,6 +56,15 @@ def test_a_broken_run_goes_on_bitwise_with_any_number_of_workers(keys, tmp_path)
     assert first["stream"][0] > 0, "the third step begins in a later chunk"
 
 
+def test_data_seed_is_the_seed_of_the_order(keys, tmp_path):
+    def loss(**more):
+        fit(resolve(keys | {"max_steps": 1, "output_dir": str(tmp_path / repr(more)), "save_strategy": "no"} | more))
+        return json.loads((tmp_path / repr(more) / "trainer_log.jsonl").read_text())["loss"]
+
+    usual = loss()
+    assert loss(data_seed=42) == usual != loss(data_seed=9), "seed is 42 where nobody says otherwise"
+
+
 def test_without_max_steps_it_would_never_end(keys, tmp_path):
     with pytest.raises(ConfigError, match="max_steps must say when training does"):
         resolve(keys | {"output_dir": str(tmp_path / "x"), "max_steps": -1})

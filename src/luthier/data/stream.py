@@ -76,9 +76,9 @@ class Stream:
         total = sum(map(len, self.jobs[0].files)) if self.pairs is None else len(self.pairs)
         return total - self.skip
 
-    def laid_out(self, capacity: int | None, *, shuffle: bool) -> Stream:
-        """The same rows, packed or not, shuffled or not."""
-        return replace(self, capacity=capacity, shuffle=shuffle)
+    def laid_out(self, capacity: int | None, *, shuffle: bool, seed: int | None = None) -> Stream:
+        """The same rows, packed or not, shuffled or not. seed: of the order, where it has one of its own."""
+        return replace(self, capacity=capacity, shuffle=shuffle, seed=self.seed if seed is None else seed)
 
     def make(self, chunk: int) -> Made:
         """Read and encode one chunk."""
