@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from luthier.core.errors import ConfigError, DataError, TemplateError
+from luthier.core.locks import locked
 from luthier.core.objective import Objective
 from luthier.core.types import Column, Encoded
 from luthier.core.types import Path as TokenPath
@@ -527,7 +530,37 @@ def test_two_processes_encode_once(home, monkeypatch):
     assert len((home / "marks").read_text()) == 20
 
 
+def test_a_build_that_broke_off_between_its_files_is_done_again(home, monkeypatch):
+    def breaks_off(source, target):
+        os.rename(source, target)
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
+        patch.setattr(cache.os, "replace", breaks_off)
+        prepared(home / "rows.jsonl")
+    assert len(list(cache.cache_folder(DataConfig()).glob("*/*"))) == 1, "one of two files is in place"
+    assert ids(prepared(home / "rows.jsonl").train) == [expected(row)[0] for row in ROWS]
+
+
 # tokenized_path
+
+
+def test_processes_write_one_tokenized_path_one_after_the_other(home):
+    """With overwrite_cache each would otherwise take away what the others are about to look at."""
+    keys = {"tokenized_path": str(home / "done"), "overwrite_cache": True}
+    prepared(home / "rows.jsonl", **keys)
+    before = (home / "done" / "prepared.json").stat().st_ino
+    lock = cache.cache_folder(DataConfig()) / f"{cache.sha(str(home / 'done'))}.lock"
+    with ThreadPoolExecutor(1) as pool:
+        with locked(lock, logging.getLogger("test"), "writing"):
+            other = pool.submit(prepared, home / "rows.jsonl", **keys)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=1)
+            assert (home / "done" / "prepared.json").stat().st_ino == before
+        assert len(other.result(timeout=60).train) == len(ROWS)
+    assert ids(prepared(home / "rows.jsonl", tokenized_path=keys["tokenized_path"]).train) == [
+        expected(row)[0] for row in ROWS
+    ]
 
 
 def test_tokenized_path_is_written_and_loaded(home):

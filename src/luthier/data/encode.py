@@ -16,6 +16,7 @@ import numpy as np
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.hubs import OPEN, Access
+from luthier.core.locks import locked
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.core.paths import local
@@ -120,7 +121,10 @@ def _stored(
     )
     _refuse_if_all_cut(report.total, cutoff_len, train_set)
     if tokenized is not None:
-        save_tokenized(tokenized, train_set, eval_sets, report, parts, overwrite=config.overwrite_cache)
+        lock, busy = cache_folder(config) / f"{sha(str(tokenized.absolute()))}.lock", f"writing {tokenized}"
+        with locked(lock, log, busy, shared=config.data_shared_file_system) as waited:
+            overwrite = config.overwrite_cache and not waited
+            save_tokenized(tokenized, train_set, eval_sets, report, parts, overwrite=overwrite)
     return Prepared(train_set, eval_sets, report)
 
 

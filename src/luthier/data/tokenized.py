@@ -23,14 +23,14 @@ ABOUT = "prepared.json"
 
 def tokenized_exists(folder: Path) -> bool:
     """Whether encoded data lie there. Raises DataError for a folder with something else in it."""
+    if (folder / ABOUT).is_file():
+        return True
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / ABOUT).is_file():
-        raise DataError(
-            f"tokenized_path: {folder} exists and holds no encoded data of Luthier's ({ABOUT} is missing). Give "
-            "another folder; it is made if it does not exist."
-        )
-    return True
+    raise DataError(
+        f"tokenized_path: {folder} exists and holds no encoded data of Luthier's ({ABOUT} is missing). Give "
+        "another folder; it is made if it does not exist."
+    )
 
 
 def load_tokenized(
@@ -72,7 +72,7 @@ def save_tokenized(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a folder that `load_tokenized` reads; it appears complete or not at all."""
+    """Write a folder that `load_tokenized` reads; it appears complete or not at all. One process at a time."""
     sets = ({} if train is None else {"train": train}) | {f"eval:{name}": part for name, part in evaluated.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,14 @@ def save_tokenized(
             stored = {name: _write_set(aside, nth, part) for nth, (name, part) in enumerate(sets.items())}
             about = {"parts": dict(parts), "sets": stored, "report": report.to_dict()}
             (aside / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-            if overwrite and tokenized_exists(folder):
-                shutil.rmtree(folder)
-            if not tokenized_exists(folder):
+            there = tokenized_exists(folder)
+            if there and overwrite:
+                # Out of the way first: another process may look at it, and must not find half of it.
+                os.replace(folder, aside / "before")
+            if overwrite or not there:
                 os.chmod(aside, 0o755)
                 os.replace(aside, folder)
+                shutil.rmtree(folder / "before", ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
