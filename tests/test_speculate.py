@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from luthier.cli import main, verb_help
 from luthier.engines.speculate import Speculator
@@ -100,6 +102,11 @@ def test_comparing_answers_every_prompt_in_three_ways(folder, tmp_path, answers,
     table = capsys.readouterr().err
     assert "was asked something else" in table
     assert "with accept head" in table and "plain greedy" in table and f"{found['judge']['tokens']}" in table
+    # Trained again into the same folder, the head is another one.
+    tensors = load_file(head / "accept_head.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, head / "accept_head.safetensors")
+    assert speculate(folder, tmp_path, *keys, "--compare", rows=rows)[0] == 2
+    assert "was asked something else" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "times"), [((), 0), (("--compare",), 2)])
@@ -119,6 +126,9 @@ def test_a_second_call_goes_on_where_the_first_stopped(folder, tmp_path, answers
     assert [line["predict"] for line in lines(output)] == answers
     assert summary(output)["rows"] == len(ASKED)
     assert speculate(folder, tmp_path, "draft=prompt_lookup", "draft_tokens=2")[0] == 2
+    assert "was asked something else" in capsys.readouterr().err
+    other = shutil.copytree(folder, tmp_path / "other")
+    assert speculate(other, tmp_path, "draft=prompt_lookup")[0] == 2
     assert "was asked something else" in capsys.readouterr().err
 
 

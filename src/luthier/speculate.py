@@ -102,12 +102,19 @@ def checker(column: str, wanted: str) -> Callable[[str], bool]:
 
 def settings(run: Run, fast: Fast, sampling: GenerateConfig, *, compare: bool) -> dict[str, Any]:
     """What decides the lines of the output; a run that goes on must not change it."""
+    from luthier.model import heads
     from luthier.speculative import accept_folder
 
+    folder = accept_folder(run)
     keys = ("draft", "draft_model", "draft_layers", "draft_tokens", "lookup_ngram", "lookup_min_ngram")
     return {
+        "model_name_or_path": run.model.model_name_or_path,
+        "model_revision": run.model.model_revision,
+        "adapter_name_or_path": run.adapter.adapter_name_or_path,
         **{key: getattr(run.speculate, key) for key in keys},
-        "accept_head": None if (folder := accept_folder(run)) is None else str(folder),
+        "accept_head": None if folder is None else str(folder),
+        # A head that was trained again has other answers, in the same folder or not.
+        "accept_head_digest": None if folder is None else heads.digest(folder),
         "threshold": None if fast.judge is None else fast.judge.threshold,
         "max_new_tokens": sampling.max_new_tokens,
         "max_length": sampling.max_length,

@@ -7,6 +7,7 @@ computes in float32. It is a submodule of the model, so that device placement, D
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,6 +109,12 @@ def saved_in(folder: str | Path) -> str | None:
     """The name of the head that was saved in a folder, if any."""
     found = [name for name in names("heads") if (Path(folder) / f"{name}_head.safetensors").is_file()]
     return found[0] if found else None
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 of the head saved in a folder, its first 16 digits."""
+    with (Path(folder) / f"{saved_in(folder)}_head.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def facts(folder: str | Path) -> dict[str, Any]:
