@@ -208,6 +208,12 @@ def test_a_run_says_it_and_inference_does_not(monkeypatch):
     assert not any("USE_V1" in warning for warning in resolve(BASE, verb="chat").warnings)
 
 
+def test_a_key_near_an_old_name_is_told_the_new_one():
+    # sft_packing is the nearest there is, and an old name of packing.
+    with pytest.raises(ConfigError, match="sample_packing: no such key; did you mean 'packing'"):
+        resolve(BASE | {"sample_packing": True})
+
+
 def test_allow_extra_args(monkeypatch):
     with pytest.raises(ConfigError, match="no such key; did you mean 'lora_rank'"):
         resolve(BASE | {"lora_rnk": 3})

@@ -260,6 +260,7 @@ class _Gate:
             return
         mine = [name for owner in self.owners for name in owner.keys]
         near = get_close_matches(key, [*mine, *self.renamed, *foreign, *self.refused], n=1)
+        near = [self.renamed[name].new if name in self.renamed else name for name in near]
         hint = f"; did you mean {near[0]!r}?" if near else ". `luthier keys` lists all"
         if self.extra:
             self.warnings.append(f"{self.at(key)}{key} has no effect: no such key{hint}")
