@@ -113,6 +113,10 @@ def test_what_the_first_rows_do_not_show_the_longest_and_the_fullest_do(build, r
     assert first.layout == "shared", "the first row alone shows nothing"
 
 
+def test_without_rows_there_is_nothing_to_look_at():
+    assert lay_out(Bundles(Examples()), PolicySetup(mpt()), wish="shared", batch_size=1, pad_id=3).layout == "shared"
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_scoring_looks_at_longer_answers_too(together):
     trees = Trees(PolicySetup(gpt_neo()), pad_id=3)

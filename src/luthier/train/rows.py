@@ -160,9 +160,12 @@ def _extremes(train: Bundles) -> Iterator[list[tuple[Encoded, str]]]:
     examples: Examples = train.examples  # type: ignore[assignment]
     longest, answers = examples.longest.tolist(), examples.answers.tolist()
     bundles = train.bundles if train.bundles is not None else [[i] for i in range(len(longest))]
-    far = max(range(len(bundles)), key=lambda row: max((longest[i] for i in bundles[row]), default=0))
-    full = max(range(len(bundles)), key=lambda row: sum(answers[i] for i in bundles[row]))
-    return map(train.__getitem__, dict.fromkeys((far, full)))
+    sizes = (
+        lambda row: max((longest[i] for i in bundles[row]), default=0),
+        lambda row: sum(answers[i] for i in bundles[row]),
+    )
+    chosen = [max(range(len(bundles)), key=size) for size in sizes] if bundles else []
+    return map(train.__getitem__, dict.fromkeys(chosen))
 
 
 def _verdict(setup: PolicySetup, batch: Batch, padded: Batch | None = None) -> Verdict:
