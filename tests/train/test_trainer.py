@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.exact.runs import furthest, items_for, objective_of, trainer_for, weights
 
-from luthier.core.errors import TrainingError
+from luthier.core.errors import ConfigError, TrainingError
 from luthier.data.layout import collate
 from luthier.train import checkpoint
 from luthier.train.sampler import Bundles, RankSampler
@@ -99,6 +99,16 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     best = min(evaluations, key=evaluations.get)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[best], abs=1e-9)
+
+
+@pytest.mark.parametrize("keys", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_a_metric_that_evaluation_does_not_bring_is_said_with_those_it_does(tmp_path, keys):
+    trainer = trainer_for("sft", tmp_path, batch=4, eval_strategy="steps", eval_steps=1,
+                          metric_for_best_model="rouge", **keys)  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"metric_for_best_model: .*'eval_rouge'.*'eval_loss'.*\. Name one of these\."
+    ):
+        trainer.train()
 
 
 def test_decay_leaves_norms_and_biases_alone_and_counts_every_weight_once(tmp_path):

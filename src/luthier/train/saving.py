@@ -7,7 +7,8 @@ nothing is lost or done twice by going on from it (`resuming.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
 from luthier.core import manifest
-from luthier.core.errors import CheckpointError
+from luthier.core.errors import CheckpointError, ConfigError
 from luthier.core.log import get_logger
 from luthier.core.objective import Objective
 from luthier.model import heads, renamed
@@ -34,6 +35,18 @@ log = get_logger("train")
 
 Sidecar = Callable[[Path], None]
 """Writes something into a folder that is being saved: the config file, a head."""
+
+
+@contextmanager
+def _metric_is_there() -> Iterator[None]:
+    """Turn what transformers raises where evaluation brings no such metric into words for the user."""
+    try:
+        yield
+    except KeyError as error:
+        words = str(error.args[0])
+        if "`metric_for_best_model`" not in words:
+            raise
+        raise ConfigError(f"metric_for_best_model: {words[: words.index(']') + 1]}. Name one of these.") from error
 
 
 class _EpochEnds(transformers.TrainerCallback):
@@ -115,13 +128,15 @@ class Saving(Sharding):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         stopping = self.control.should_training_stop
-        metrics = super()._evaluate(*args, **kwargs)
+        with _metric_is_there():
+            metrics = super()._evaluate(*args, **kwargs)
         self.stops_by_evaluation |= self.control.should_training_stop and not stopping
         self._put_off()
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        better = super()._determine_best_metric(metrics=metrics, trial=trial)
+        with _metric_is_there():
+            better = super()._determine_best_metric(metrics=metrics, trial=trial)
         if better and self._after_step and self._epoch_ends and self.args.save_strategy == "best":
             self._save_at_epoch_end = True
             return False
