@@ -68,12 +68,14 @@ def test_expected_bt_is_the_integral(gap, variance, noise):
     assert found == pytest.approx(math.log(expected), rel=1e-6 if k * s < 10.1 else 1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("noise", [0.5, 1.0, 1.702])
 @pytest.mark.parametrize(("gap", "variance"), itertools.product(GAPS, [0.01, 0.5, 3.0]))
-def test_mackay_is_its_formula_and_near_the_expectation(gap, variance):
-    found = log_p(gap, variance, keys_for("mackay")).item()
-    assert found == pytest.approx(log_expit(gap / math.sqrt(1 + math.pi * variance / 8)), abs=1e-12)
-    exact = log_p(gap, variance, keys_for("expected_bt")).exp().item()
-    assert math.exp(found) == pytest.approx(exact, abs=0.013)
+def test_mackay_is_its_formula_and_near_the_expectation(gap, variance, noise):
+    found = log_p(gap, variance, keys_for("mackay", disco_noise=noise)).item()
+    k = 1.702 / noise
+    assert found == pytest.approx(log_expit(k * gap / math.sqrt(1 + math.pi * k**2 * variance / 8)), abs=1e-12)
+    exact = log_p(gap, variance, keys_for("expected_bt", disco_noise=noise)).exp().item()
+    assert math.exp(found) == pytest.approx(exact, abs=0.02)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
