@@ -246,3 +246,10 @@ def test_slots_left_unset_follow_others():
     assert Template(efficient_eos=True).slots("assistant") == ("{{content}}",)
     assert Template(user=(BOS, "x{{content}}")).slots("observation") == (BOS, "x{{content}}")
     assert Template(assistant="{{content}}!").slots("function") == ("{{content}}!",)
+
+
+@pytest.mark.parametrize("keys", [{"enable_thinking": False}, {"preserve_thinking": True}, {"branch_thinking": True}])
+def test_keys_about_thoughts_are_said_to_be_idle_where_there_are_none(caplog, keys):
+    with caplog.at_level("WARNING", logger="luthier"):
+        make_renderer(TemplateConfig(template="default", **keys), build_tokenizer())
+    assert "template 'default' has no thoughts" in caplog.text and next(iter(keys)) in caplog.text
