@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.contradictions import contradictions, evaluates_only
 from luthier.core import registry
-from luthier.core.compat import REFUSED, RENAMED, STAGES, idle_variables
+from luthier.core.compat import PEERS, REFUSED, RENAMED, STAGES, idle_variables
 from luthier.core.config import Given, Owner, Problem, Settled, Source, dump, keys_of, owner, read, refuse, settle
 from luthier.core.errors import ConfigError
 from luthier.core.kinds import is_true
@@ -173,7 +173,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
             owners.append(owner(name, member.Config, f"{key} {kind}"))
     extra = is_true(os.environ.get("ALLOW_EXTRA_ARGS"))
     owners += [owner(f"{OPTIM}{name}", module.Config, "optimiser") for name, module in _rules()]
-    settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED, extra=extra)
+    settled = settle(given, owners, elsewhere=_elsewhere, refused=REFUSED, renamed=RENAMED, peers=PEERS, extra=extra)
     settled.problems.extend(misses)
     settled.problems.extend(contradictions(given, settled, stage=stage, objective=objective, verb=verb))
     refuse(given.source, settled.problems)

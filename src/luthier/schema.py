@@ -11,7 +11,7 @@ from typing import Any
 from luthier import rules
 from luthier.commands import parse_command
 from luthier.core import registry
-from luthier.core.compat import ENVIRONMENT, HUGGING_FACE, LLAMA_FACTORY, RENAMED, Refused
+from luthier.core.compat import ENVIRONMENT, HUGGING_FACE, LLAMA_FACTORY, PEERS, RENAMED, Refused
 from luthier.core.config import Key, keys_of
 from luthier.core.kinds import describe, json_type
 from luthier.run import MEMBERS, OWNERS, load_owner, objective_in
@@ -154,6 +154,14 @@ def compatibility_page() -> str:
             "## Keys that older versions of transformers had",
             "",
             *_refusals(HUGGING_FACE),
+            "",
+            "## Names that Axolotl and TRL have for keys",
+            "",
+            "A file with one of them is told the name here. What stands behind it may be written another way.",
+            "",
+            "| there | here |",
+            "|---|---|",
+            *(f"| `{theirs}` | `{ours}` |" for theirs, ours in PEERS.items()),
         ]
     )
 

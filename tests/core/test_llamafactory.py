@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier import schema
-from luthier.core.compat import ENVIRONMENT, REFUSED, RENAMED, idle_variables
+from luthier.core.compat import ENVIRONMENT, PEERS, REFUSED, RENAMED, idle_variables
 from luthier.core.errors import ConfigError
 from luthier.core.log import set_up
 from luthier.run import resolve
@@ -210,8 +210,8 @@ def test_a_run_says_it_and_inference_does_not(monkeypatch):
 
 def test_a_key_near_an_old_name_is_told_the_new_one():
     # sft_packing is the nearest there is, and an old name of packing.
-    with pytest.raises(ConfigError, match="sample_packing: no such key; did you mean 'packing'"):
-        resolve(BASE | {"sample_packing": True})
+    with pytest.raises(ConfigError, match="sft_packin: no such key; did you mean 'packing'"):
+        resolve(BASE | {"sft_packin": True})
 
 
 def test_allow_extra_args(monkeypatch):
@@ -236,3 +236,13 @@ def test_verbosity(monkeypatch):
         monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", said)
         set_up()
         assert root.level == level
+
+
+def test_keys_of_axolotl_and_trl_are_told_what_they_are_called_here(tmp_path):
+    owned = {key for section in schema.sections() for key in section.keys}
+    assert {meant.partition(":")[0] for meant in PEERS.values()} <= owned
+    assert not PEERS.keys() & (owned | RENAMED.keys() | REFUSED.keys())
+    with pytest.raises(ConfigError) as caught:
+        resolve({"base_model": "x", "load_in_4bit": True, "output_dir": str(tmp_path)})
+    assert "base_model: no such key; here it is model_name_or_path" in str(caught.value)
+    assert "load_in_4bit: no such key; here it is quantization_bit: 4" in str(caught.value)

@@ -213,6 +213,46 @@ HUGGING_FACE: dict[str, Refused] = {
 REFUSED: dict[str, Refused] = LLAMA_FACTORY | HUGGING_FACE
 """All of them, as the gate reads them."""
 
+PEERS: dict[str, str] = {
+    # Axolotl
+    "base_model": "model_name_or_path",
+    "datasets": "dataset",
+    "sequence_len": "cutoff_len",
+    "sample_packing": "packing",
+    "chat_template": "template",
+    "val_set_size": "val_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "adapter": "finetuning_type",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_target",
+    "lora_target_linear": "lora_target: all",
+    "lora_modules_to_save": "additional_target",
+    "lora_model_dir": "adapter_name_or_path",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "load_in_4bit": "quantization_bit: 4",
+    "load_in_8bit": "quantization_bit: 8",
+    "flash_attention": "flash_attn: fa2",
+    "train_on_inputs": "train_on_prompt",
+    "wandb_project": "report_to: wandb, with WANDB_PROJECT in the environment",
+    "rl": "stage",
+    # TRL
+    "dataset_name": "dataset",
+    "max_seq_length": "cutoff_len",
+    "attn_implementation": "flash_attn",
+    "use_peft": "finetuning_type: lora",
+    "loss_type": "pref_loss",
+    "beta": "pref_beta",
+    "rpo_alpha": "pref_ftx",
+    "desirable_weight": "kto_chosen_weight",
+    "undesirable_weight": "kto_rejected_weight",
+    "precompute_ref_log_probs": "precompute_reference",
+}
+"""What Axolotl and TRL call keys of ours, for a hint; what such a key holds may be written another way."""
+
 
 @dataclass(frozen=True)
 class Variable:

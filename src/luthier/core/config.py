@@ -140,15 +140,16 @@ def settle(
     elsewhere: Callable[[], Mapping[str, str]] = dict,
     refused: Mapping[str, Refused] | None = None,
     renamed: Mapping[str, Renamed] | None = None,
+    peers: Mapping[str, str] | None = None,
     extra: bool = False,
 ) -> Settled:
     """Hand each given key to its owner.
 
     elsewhere: asked only when needed, keys that belong to another stage or finetuning_type, with words for it.
-    refused: keys that are known and accept only some values yet. renamed: old names of owned keys. extra: keys that
-    nobody knows are a warning and no problem.
+    refused: keys that are known and accept only some values yet. renamed: old names of owned keys. peers: what
+    other tools call owned keys, for a hint. extra: keys that nobody knows are a warning and no problem.
     """
-    gate = _Gate(given, owners, refused or {}, renamed or {}, extra)
+    gate = _Gate(given, owners, refused or {}, renamed or {}, peers or {}, extra)
     unknown = [key for key in gate.values if not gate.admit(key)]
     if unknown:
         foreign = elsewhere()
@@ -186,9 +187,11 @@ class _Gate:
         owners: Sequence[Owner],
         refused: Mapping[str, Refused],
         renamed: Mapping[str, Renamed],
+        peers: Mapping[str, str],
         extra: bool,
     ):
         self.extra = extra
+        self.peers = peers
         self.given = given
         self.owners = owners
         self.refused = refused
@@ -258,14 +261,22 @@ class _Gate:
             if self.values[key] is not None:
                 self.warnings.append(f"{self.at(key)}{key} belongs to {home}; it has no effect in this run.")
             return
-        mine = [name for owner in self.owners for name in owner.keys]
-        near = get_close_matches(key, [*mine, *self.renamed, *foreign, *self.refused], n=1)
-        near = [self.renamed[name].new if name in self.renamed else name for name in near]
-        hint = f"; did you mean {near[0]!r}?" if near else ". `luthier keys` lists all"
+        near, hint = self.guess(key, foreign)
         if self.extra:
             self.warnings.append(f"{self.at(key)}{key} has no effect: no such key{hint}")
             return
-        self.problems.append(Problem(key, self.place(key), f"no such key{hint}", near[0] if near else None))
+        self.problems.append(Problem(key, self.place(key), f"no such key{hint}", near))
+
+    def guess(self, key: str, foreign: Mapping[str, str]) -> tuple[str | None, str]:
+        """The key that an unknown one probably stands for, and a hint for the message."""
+        if key in self.peers:
+            return self.peers[key].partition(":")[0], f"; here it is {self.peers[key]}"
+        mine = [name for owner in self.owners for name in owner.keys]
+        near = get_close_matches(key, [*mine, *self.renamed, *foreign, *self.refused], n=1)
+        if not near:
+            return None, ". `luthier keys` lists all"
+        name = self.renamed[near[0]].new if near[0] in self.renamed else near[0]
+        return name, f"; did you mean {name!r}?"
 
     def build(self) -> dict[str, Any]:
         sections = {}
