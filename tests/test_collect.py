@@ -20,6 +20,7 @@ from luthier import collect, serving
 from luthier.cli import main
 from luthier.collection import Pair, summarise
 from luthier.core import log
+from luthier.core.prefix import common_prefix
 from luthier.core.registry import find
 from luthier.core.types import Example, Message
 from luthier.engines.hf import Engine
@@ -341,7 +342,7 @@ def test_system_tools_and_earlier_turns_are_in_the_text():
 def test_a_cut_within_a_character_counts_the_characters_before_it(tokenizer):
     ids = tokenizer.encode("ab\u00e9\u6f22", add_special_tokens=False)
     texts = [tokenizer.decode(ids[:cut]) for cut in range(len(ids) + 1)]
-    assert [collect._agreeing(text, texts[-1]) for text in texts] == [0, 1, 2, 2, 3, 3, 3, 4]
+    assert [common_prefix(text, texts[-1]) for text in texts] == [0, 1, 2, 2, 3, 3, 3, 4]
 
 
 @pytest.mark.parametrize(

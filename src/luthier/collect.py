@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.commands import parse_command
 from luthier.core.errors import ConfigError, DataError, LuthierError, refuse_all
 from luthier.core.log import get_logger
+from luthier.core.prefix import common_prefix
 from luthier.core.registry import names
 
 if TYPE_CHECKING:
@@ -165,10 +166,11 @@ class Collector:
         scored = [(spot, score) for spot, score in zip(spots, self._scorer.score(spots)) if not math.isnan(score)]
         text = self._tools.text(answer)
         opening = len(f"{OPENING}{question.text}{BETWEEN}")
+        # Tokens may end in the middle of a character, which then does not count.
         rounds = [
             {
                 "req_id": str(question.row),
-                "context_len": opening + _agreeing(self._tools.text(answer[: one.cut]), text),
+                "context_len": opening + common_prefix(self._tools.text(answer[: one.cut]), text),
                 "context_ids_len": len(question.ids) + one.cut,
                 "spd_round_draft_ids": one.draft,
                 "spd_round_verifier_ids": one.verifier,
@@ -266,8 +268,3 @@ def _columns(scored: Sequence[tuple[Spot, float]]) -> dict[str, list[Any]]:
         "mismatch_prob": [float(f"{mismatch.prob:.6g}") for mismatch in mismatches],
         "mismatch_rank": [mismatch.rank for mismatch in mismatches],
     }
-
-
-def _agreeing(beginning: str, text: str) -> int:
-    """Characters of `beginning` that `text` has too; tokens may end in the middle of a character."""
-    return next((i for i, (a, b) in enumerate(zip(beginning, text)) if a != b), min(len(beginning), len(text)))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from luthier.core.prefix import common_prefix
+
 if TYPE_CHECKING:
     from luthier.engines.target import Draft, Drafter, Target
 
@@ -79,7 +81,7 @@ def walk(target: Target, drafter: Drafter, prompt: Sequence[int], answer: Sequen
             rounds.append(_round(target, cut, ids, draft, every=rules.every))
         else:
             empty += 1
-        agreed = _agreed(draft.ids if draft is not None else (), answer[cut:])
+        agreed = common_prefix(draft.ids if draft is not None else (), answer[cut:])
         cut += rules.stride or agreed + 1
     return Walk(rounds, empty)
 
@@ -109,8 +111,3 @@ def _mismatch(index: int, logits: Tensor, draft: Draft) -> Mismatch:
 def _until_stop(draft: Draft, stop_ids: Sequence[int]) -> Draft:
     end = next((i + 1 for i, token in enumerate(draft.ids) if token in stop_ids), len(draft.ids))
     return replace(draft, ids=draft.ids[:end])
-
-
-def _agreed(draft: Sequence[int], answer: Sequence[int]) -> int:
-    """How many tokens at the beginning of a draft are the answer's."""
-    return next((i for i, (a, b) in enumerate(zip(draft, answer)) if a != b), min(len(draft), len(answer)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from luthier.core.errors import ModelError
+from luthier.core.prefix import common_prefix
 
 KINDS = {"full_attention", "sliding_attention"}
 """Layers whose cached tokens can be taken back. States of recurrent layers cannot."""
@@ -105,7 +106,7 @@ class Cached:
 
     def _rewind(self, ids: Sequence[int], most: int) -> int:
         """Forget what is no beginning of `ids`, and all after the first `most` tokens; returns how many are left."""
-        start = min(_common(self._ids, ids), most)
+        start = min(common_prefix(self._ids, ids), most)
         if start == 0:
             self.forget()
         elif start < len(self._ids):
@@ -210,11 +211,6 @@ def tapped(head: nn.Module) -> Iterator[Any]:
         yield tap
     finally:
         handle.remove()
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _refuse(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.objective import Objective
+from luthier.core.prefix import common_prefix
 from luthier.core.types import NAN, Column, Encoded, Path
 from luthier.data.source import BadRow
 
@@ -249,4 +250,4 @@ def _cut(paths: Sequence[Path], budget: int, most: int) -> list[list[int]]:
 
 def _in_common(a: Path, b: Path) -> int:
     most = min(len(a.ids), len(b.ids), *(path.block for path in (a, b) if path.block is not None))
-    return next((i for i in range(most) if a.ids[i] != b.ids[i]), most)
+    return min(common_prefix(a.ids, b.ids), most)
