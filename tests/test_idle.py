@@ -62,6 +62,8 @@ CASES = [
      "and optim is adamw_torch_fused", {"optim": "galore_adamw"}),
     ({"liger_kernel_config": {"rope": False}}, "liger_kernel_config has no effect: use_liger_kernel is not set",
      {"use_liger_kernel": True}),
+    ({"max_steps": 0}, "no step will be taken, as max_steps: 0 (-1 lets num_train_epochs decide)", {"max_steps": 5}),
+    ({"num_train_epochs": 0}, "no step will be taken, as num_train_epochs: 0 says", {"max_steps": 5}),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 log = get_logger("fit")
 
 
-def load_data(run: Run, *, seed: int) -> tuple[Any, Prepared]:
-    """The tokenizer, and the rows as the stage wants them: read, encoded, mixed and split."""
+def load_data(run: Run, *, seed: int, trains: bool = True) -> tuple[Any, Prepared]:
+    """The tokenizer, and the rows as the stage wants them: read, encoded, mixed and split.
+
+    trains: whether any of them are trained on, for the words of the report.
+    """
     tokenizer, data = read_data(run, run.data, seed=seed)
-    log.info("%s", data.report)
+    log.info("%s", replace(data.report, trains=trains))
     return tokenizer, data
 
 

@@ -81,7 +81,7 @@ def evaluate(subject: Subject) -> dict[str, float]:
     one_device_each(args)
     transformers.set_seed(args.seed)
 
-    tokenizer, data = load_data(run, seed=args.seed)
+    tokenizer, data = load_data(run, seed=args.seed, trains=False)
     if not data.eval:
         log.warning(
             "WARNING: neither eval_dataset nor val_size is set: this measures on dataset itself (%s), which the model "

@@ -82,7 +82,7 @@ def _fit(run: Run, args: transformers.TrainingArguments, *, free: bool = True) -
     run.quant.check()
     transformers.set_seed(args.seed)
 
-    tokenizer, data = load_data(run, seed=args.seed)
+    tokenizer, data = load_data(run, seed=args.seed, trains=args.do_train)
     model = load_base(run, tokenizer, dtype=weights(run, args), device=device, seed=args.seed, sharded=sharded)
     model = adapt(
         model,
@@ -215,6 +215,10 @@ def _train(run: Run, trainer: Trainer, going_on: str | None) -> dict[str, float]
         drawn = report.plot_loss(folder, trainer.state.log_history) if run.train.plot_loss else []
         command = f"luthier train {run.source.path or 'config.yaml'}"
         report.write_card(folder, run, metrics, finished=datetime.now().astimezone(), command=command)
+        if run.train.plot_loss and not drawn:
+            log.info(
+                "plot_loss draws nothing: no measure was logged twice (logging_steps: %s).", trainer.args.logging_steps
+            )
         log.info("Saved to %s%s", folder, "".join(f"\n  {picture}" for picture in drawn))
     return metrics
 

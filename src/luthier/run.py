@@ -303,6 +303,10 @@ def _idle(sections: Mapping[str, Any], training: dict[str, Any], verb: str) -> I
     evaluates = training.get("eval_strategy", "no") != "no" or training.get("do_eval") or training.get("do_predict")
     if verb in TRAINS and sections["data"].val_size and not evaluates:
         yield "val_size keeps rows from training, but nothing evaluates them; set eval_strategy: steps or epoch."
+    steps, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 3)
+    if verb in TRAINS and (steps == 0 or (steps < 0 and epochs == 0)):
+        said = "max_steps: 0 (-1 lets num_train_epochs decide)" if steps == 0 else "num_train_epochs: 0"
+        yield f"no step will be taken, as {said} says; the model is saved as it begins."
     if verb not in TRAINS:
         yield from sections["speculate"].idle(verb)
 

@@ -96,7 +96,8 @@ def run(**keys):
     keys = {"model_name_or_path": "some/base", "dataset": "persona,plain", "learning_rate": 1e-4} | keys
     return SimpleNamespace(
         keys=keys,
-        stage="sft",
+        stage=keys.get("stage", "sft"),
+        objective=SimpleNamespace(head=keys.get("head")),
         model=SimpleNamespace(model_name_or_path=keys["model_name_or_path"]),
         data=SimpleNamespace(dataset=keys["dataset"]),
         adapter=SimpleNamespace(finetuning_type=keys.get("finetuning_type", "lora")),
@@ -133,6 +134,12 @@ def test_the_card_tells_where_the_weights_come_from(tmp_path):
     ):
         assert part in text
     assert "| `learning_rate` | 0.0001 |" in text and "- transformers " in text and "| train_loss | 2 |" in text
+
+
+def test_the_card_of_a_model_with_a_head_names_no_task_and_counts_are_whole(tmp_path):
+    front, text = card(tmp_path, run(stage="rm", head="value"), {"eval_pairs": 16.0, "eval_loss": 0.5})
+    assert "pipeline_tag" not in front and "rm" in front["tags"]
+    assert "| eval_pairs | 16 |" in text and "| eval_loss | 0.5000 |" in text
 
 
 def test_the_card_tells_no_secrets_and_no_places_on_this_machine(tmp_path):

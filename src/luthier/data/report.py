@@ -110,6 +110,8 @@ class DataReport:
     word: str = "trained"
     """What the stage does to tokens that carry a weight: trained; judged, with the answer they belong to, as a whole;
     labelled, each with a value of its own."""
+    trains: bool = True
+    """Whether anything is trained on them."""
 
     @property
     def total(self) -> Tally:
@@ -144,11 +146,12 @@ class DataReport:
         ]
         lines += [Text(f"{name}: {remark}") for name, tally in self.sets.items() for remark in tally.remarks]
         held = ", ".join(f"{count:,}{f' in {name}' if name else ''}" for name, count in self.eval.items())
-        trained = (
-            f"Streaming {self.streamed:,} rows an epoch" if self.streamed else f"Training on {self.train:,} examples"
-        )
-        ends = trained + (f", evaluating on {held}." if held else ".")
-        return Group(table, *lines, Text(ends))
+        used = f"Streaming {self.streamed:,} rows an epoch" if self.streamed else f"Training on {self.train:,} examples"
+        if not self.trains:
+            used = f"Evaluating on {held or f'{self.train:,} examples'}"
+        elif held:
+            used += f", evaluating on {held}"
+        return Group(table, *lines, Text(f"{used}."))
 
     def print(self, console: Console | None = None) -> None:
         """Show the report on a terminal (stderr unless told otherwise)."""

@@ -158,10 +158,10 @@ def _front(run: Run, base: str) -> str:
     # A folder on somebody's disk means nothing to readers of the card, and hubs refuse it.
     origin = [] if Path(base).expanduser().exists() else [f"base_model: {base}"]
     library = "transformers" if run.adapter.finetuning_type in ("full", "freeze") else "peft"
+    # A model with a head in place of its words generates nothing, and hubs have no name for what it does.
+    task = ["pipeline_tag: text-generation"] if run.objective.head is None else []
     tags = ["luthier", run.stage, run.adapter.finetuning_type]
-    return "\n".join(
-        [*origin, f"library_name: {library}", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
-    )
+    return "\n".join([*origin, f"library_name: {library}", *task, "tags:", *(f"- {t}" for t in tags)])
 
 
 def _datasets(value: Any) -> list[str]:
@@ -194,7 +194,7 @@ def _results(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and 0.001 <= abs(value) < 1e6 else f"{value:g}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 and value != int(value) else f"{value:g}"
 
 
 def _versions() -> dict[str, str]:
