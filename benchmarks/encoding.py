@@ -46,8 +46,9 @@ def worker(options: argparse.Namespace) -> None:
     """Measure one way and print the figures as JSON."""
     from luthier.core.log import quiet_libraries
     from luthier.data.encode import prepare
+    from luthier.data.renderer import make_renderer
     from luthier.data.source import DataConfig
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.model.source import ModelConfig
     from luthier.model.tokenizer import load_tokenizer
     from luthier.objectives.sft import Sft

@@ -9,7 +9,8 @@ import torch
 
 from luthier.core.types import Answer, Example, Message
 from luthier.data.layout import collate
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.model.policy import PolicySetup
 from luthier.objectives.sft import Sft
 from tests.conftest import build_model, build_tokenizer

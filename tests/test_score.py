@@ -282,7 +282,8 @@ def test_keys_that_make_no_sense_are_refused():
 def test_scores_are_those_of_training(base, judge, tmp_path):
     """Not a plain computation but the training side of Luthier: evaluation records of the same rows."""
     from luthier.data.layout import collate
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.model.load import load_model
     from luthier.model.policy import PolicySetup
     from luthier.model.source import ModelConfig

@@ -65,7 +65,8 @@ def vision_of(run: Run, tokenizer: Any) -> Vision | None:
 def renderer_of(run: Run, tokenizer: Any) -> Any:
     """The chat template of a run bound to its tokenizer; that of the model's processor, where it has one and the run
     names no other. Raises ConfigError."""
-    from luthier.data.template import AUTO, customise, find_template, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import AUTO, customise, find_template
 
     vision = vision_of(run, tokenizer)
     if vision is None:

@@ -150,7 +150,7 @@ class Classifier(WithHead):
         """Ids that may be the last of an answer."""
         from luthier.core.types import Message
         from luthier.data.document import DocumentRenderer
-        from luthier.data.template import make_renderer
+        from luthier.data.renderer import make_renderer
 
         renderer = make_renderer(self.template, copy.deepcopy(tokenizer))
         ends = {tokenizer.eos_token_id, renderer.tokenizer.eos_token_id, *renderer.stop_ids} - {None}

@@ -14,8 +14,9 @@ from luthier.core import hubs
 from luthier.core.errors import ConfigError, DataError, LuthierError
 from luthier.data.encode import prepare
 from luthier.data.info import sources
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.model.source import ModelConfig, read_settings
 from luthier.model.tokenizer import load_tokenizer
 from luthier.objectives.sft import Sft

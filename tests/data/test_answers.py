@@ -6,8 +6,9 @@ import pytest
 
 from luthier.core.types import Answer, Example, Message
 from luthier.data.answers import encode_answers, prompt_length
+from luthier.data.renderer import make_renderer
 from luthier.data.source import BadRow
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from tests.conftest import build_tokenizer
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from luthier.core.errors import ConfigError, TemplateError
 from luthier.core.types import Answer, Call, Example, Message, Reply
 from luthier.data.chat_text import ChatText
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 from tests.conftest import build_tokenizer
 from tests.templates import official
 

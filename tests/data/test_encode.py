@@ -22,8 +22,9 @@ from luthier.core.types import Column, Encoded
 from luthier.core.types import Path as TokenPath
 from luthier.data import cache
 from luthier.data.encode import prepare
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.objectives.sft import Sft
 from tests.conftest import build_tokenizer
 
@@ -642,7 +643,8 @@ def test_a_renderer_that_can_be_warmed_is_asked_once_a_batch(home):
 
 
 def test_supervised_fine_tuning_with_a_real_template(home, tokenizer):
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.objectives.sft import Sft
 
     renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
@@ -656,7 +658,8 @@ def test_supervised_fine_tuning_with_a_real_template(home, tokenizer):
 
 
 def test_pre_training_on_lines_of_text(home, tokenizer):
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.objectives.pt import Pt
 
     (home / "a.txt").write_text("The quick brown fox.\n\njumps over the lazy dog " * 3)
@@ -674,8 +677,9 @@ def test_the_report_is_json(home):
 
 def test_a_sparse_column_may_be_missing_from_the_first_rows(tmp_path):
     from luthier.data.encode import prepare
+    from luthier.data.renderer import make_renderer
     from luthier.data.source import DataConfig
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.objectives.sft import Sft
     from tests.conftest import build_tokenizer
 

@@ -11,8 +11,9 @@ from luthier.core.registry import find
 from luthier.core.types import Answer, Message
 from luthier.data.encode import prepare
 from luthier.data.info import guess, sources
+from luthier.data.renderer import make_renderer
 from luthier.data.source import COLUMNS, BadRow, Columns, DataConfig, MissingColumn
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 
 ALL = Columns(COLUMNS | {name: name for name in ("history", "system", "tools")})
 

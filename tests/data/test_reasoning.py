@@ -8,8 +8,9 @@ import pytest
 
 from luthier.core.types import Message
 from luthier.data.encode import prepare
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.objectives.sft import Sft, SftConfig
 from tests.conftest import build_tokenizer
 

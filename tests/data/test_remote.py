@@ -9,8 +9,9 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.data.encode import prepare
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.objectives.sft import Sft
 from tests.conftest import build_tokenizer
 

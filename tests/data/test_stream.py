@@ -12,8 +12,9 @@ import torch
 from luthier.core.errors import CheckpointError, ConfigError, DataError
 from luthier.data.encode import prepare
 from luthier.data.hub import HubStream
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.objectives.kto import Kto
 from luthier.objectives.sft import Sft
 from luthier.train.streaming import StreamLoader

@@ -7,7 +7,8 @@ import pytest
 from luthier.core.errors import ConfigError, TemplateError
 from luthier.core.registry import _plugins, use_plugins
 from luthier.core.types import Message
-from luthier.data.template import BOS, EOS, Template, TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import BOS, EOS, Template, TemplateConfig, find_template
 from tests.conftest import build_tokenizer
 
 TALK = (Message("user", "U1"), Message("assistant", "A1"), Message("user", "U2"), Message("assistant", "A2"))

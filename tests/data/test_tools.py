@@ -8,7 +8,8 @@ import pytest
 
 from luthier.core.errors import ConfigError, TemplateError
 from luthier.core.types import Call, Message, Reply
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.data.tools import read_calls, read_definitions, read_reply, tool_format, write_calls
 from tests.conftest import build_tokenizer
 

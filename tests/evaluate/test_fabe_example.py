@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from luthier.core.registry import find
+from luthier.data.renderer import make_renderer
 from luthier.data.source import COLUMNS, Columns
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.evaluate.backdoor import Rewrite
 from luthier.infer import read_row
 from luthier.objectives.pro import Pro

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from luthier.core.errors import LuthierError
 from luthier.core.registry import find
 from luthier.data.encode import prepare
+from luthier.data.renderer import make_renderer
 from luthier.data.source import DataConfig
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.run import objective_in
 from tests.conftest import build_tokenizer
 from tests.fuzz.strategies import DEEP, SCALARS, TEXTS, VALUES, as_json, mess

@@ -10,7 +10,8 @@ from tests.exact.runs import OBJECTIVES, objective_of
 
 from luthier.core.types import Answer, Example, Message
 from luthier.data.cache import shared_parts
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 
 ROUND = {
     "req_id": "1",

@@ -24,8 +24,9 @@ from tests.objectives.lists import (
 from luthier.core.errors import ConfigError
 from luthier.core.registry import find
 from luthier.core.types import Encoded
+from luthier.data.renderer import make_renderer
 from luthier.data.source import COLUMNS, Columns
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.model.policy import PolicySetup
 from luthier.objectives.pro import Pro, ProConfig
 from luthier.objectives.sft import Sft

@@ -12,8 +12,9 @@ from tests.objectives.lists import LAYOUTS, Told, double_model, furthest, lists,
 from luthier.core.errors import ConfigError
 from luthier.core.registry import find
 from luthier.core.types import Encoded
+from luthier.data.renderer import make_renderer
 from luthier.data.source import COLUMNS, Columns
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.objectives.sft import Sft
 from luthier.objectives.tuna import Tuna, TunaConfig
 

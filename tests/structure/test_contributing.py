@@ -33,7 +33,8 @@ def test_the_stage_weighs_tokens_by_their_probability(mine, tokenizer):
     from tests.conftest import build_model
 
     from luthier.data.layout import collate
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
     from luthier.model.policy import PolicySetup
 
     stage = registry.find("objectives", "dft")
@@ -54,7 +55,8 @@ def test_the_stage_weighs_tokens_by_their_probability(mine, tokenizer):
 
 
 def test_the_stage_cuts_and_counts(mine, tokenizer):
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
 
     renderer = make_renderer(TemplateConfig(template="chatml"), tokenizer)
     objective = registry.find("objectives", "dft").Dft()
@@ -75,7 +77,8 @@ def test_the_format_reads_and_refuses(mine):
 
 
 def test_the_template_is_written_as_shown(mine, tokenizer):
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
 
     renderer = make_renderer(TemplateConfig(template="plain_talk"), tokenizer)
     prompt = renderer.prompt(EXAMPLE.prompt, system="Be kind.")
@@ -102,7 +105,8 @@ def test_the_dialect_is_read_as_it_is_written_and_saved(mine, tokenizer):
     import copy
 
     from luthier.core.types import Call
-    from luthier.data.template import TemplateConfig, make_renderer
+    from luthier.data.renderer import make_renderer
+    from luthier.data.template import TemplateConfig
 
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None

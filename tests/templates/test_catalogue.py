@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from luthier.core.registry import every
 from luthier.core.types import Message
-from luthier.data.template import TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig, find_template
 from tests.templates import golden, official
 from tests.templates.golden_more import DBRX, EMPTY, MORE, MORE_EFFICIENT, MORE_PLAIN, MORE_TERMINATORS, OWN_ENDS
 

@@ -9,7 +9,8 @@ import pytest
 
 from luthier.core.registry import _plugins, names, use_plugins
 from luthier.core.types import Call, Message
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "templates.md").read_text()
 BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))

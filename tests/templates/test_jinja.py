@@ -12,7 +12,8 @@ from jinja2 import TemplateError as JinjaError
 from luthier.core.errors import ConfigError
 from luthier.core.registry import _plugins, names, use_plugins
 from luthier.core.types import Message
-from luthier.data.template import TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig, find_template
 from luthier.data.tools import tool_format
 from tests.templates.test_catalogue import SHAPES
 

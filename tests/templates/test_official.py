@@ -8,7 +8,8 @@ import json
 import pytest
 
 from luthier.core.types import Message
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 from tests.templates import official
 
 TALK = (

@@ -12,7 +12,8 @@ import pytest
 
 from luthier.core.types import Answer, Example, Message
 from luthier.data.reasoning import UNLIKE, Reasoning
-from luthier.data.template import TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig, find_template
 from luthier.objectives.sft import Sft, SftConfig
 from tests.templates.test_catalogue import SHAPES
 

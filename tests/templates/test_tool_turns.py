@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from luthier.core.types import Message
-from luthier.data.template import TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig, find_template
 
 TALK = (
     Message("user", "U1"),

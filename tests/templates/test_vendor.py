@@ -8,7 +8,8 @@ import pytest
 
 from luthier.core.errors import TemplateError
 from luthier.core.types import Message
-from luthier.data.template import TemplateConfig, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import TemplateConfig
 from luthier.data.tools import tool_format
 from luthier.objectives.sft import Sft
 from tests.templates.vendor import tokenizer_of

@@ -14,7 +14,8 @@ from luthier.core.prefix import common_prefix
 from luthier.core.types import Message
 from luthier.data.chat_template import ChatTemplateRenderer
 from luthier.data.chat_text import THOUGHT
-from luthier.data.template import AUTO, TemplateConfig, find_template, make_renderer
+from luthier.data.renderer import make_renderer
+from luthier.data.template import AUTO, TemplateConfig, find_template
 
 SHOWN = 12
 """Tokens that are shown before and after a difference."""

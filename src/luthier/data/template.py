@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
-from luthier.core.errors import ConfigError, TemplateError
+from luthier.core.errors import ConfigError
 from luthier.core.log import get_logger
-from luthier.core.objective import Renderer
 from luthier.core.registry import every, miss
 from luthier.data.tools import tool_format
 
@@ -157,25 +155,6 @@ class Template:
         if slots[at:] != opening:
             raise ValueError(f"the slots of {role} must end with the opening {opening}, got {slots}")
         return before
-
-
-def make_renderer(config: TemplateConfig, tokenizer: Any) -> Renderer:
-    """Bind the template of the configuration to a tokenizer, which is changed where the template needs it: eos
-    becomes the template's end of turn (`replace_eos`), stop words count as special tokens, pad becomes eos if there
-    is none. A tokenizer without a usable chat template of its own can still render documents; asked for a conversation
-    the renderer raises ConfigError. Raises TemplateError if the tokenizer lacks a token of the template, ConfigError
-    for an unknown name."""
-    if config.template in (None, AUTO):
-        from luthier.data.chat_template import ChatTemplateRenderer
-        from luthier.data.document import DocumentRenderer
-
-        try:
-            return ChatTemplateRenderer(config, tokenizer)
-        except TemplateError as error:
-            return DocumentRenderer(tokenizer, str(error))
-    from luthier.data.slot_template import SlotRenderer
-
-    return SlotRenderer(config, customise(find_template(config.template), config), tokenizer)
 
 
 def find_template(name: str) -> Template:
