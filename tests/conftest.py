@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,10 +22,14 @@ CORPUS = [
 
 
 @pytest.fixture(autouse=True)
-def _environment_is_put_back():
-    """What a run writes into the process's environment (TensorBoard's folder, say) does not meet the next test."""
-    before = dict(os.environ)
+def _put_back():
+    """What a run writes into the process's environment (TensorBoard's folder, say), and the handler it gives the log,
+    do not meet the next test."""
+    before, root = dict(os.environ), logging.getLogger("luthier")
+    log = root.handlers[:], root.propagate, root.level
     yield
+    root.handlers[:], root.propagate = log[:2]
+    root.setLevel(log[2])
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
