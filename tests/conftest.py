@@ -11,6 +11,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 
+from luthier.core.log import set_up
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "A violin maker is called a luthier; she carves the scroll by hand.",
@@ -22,14 +24,15 @@ CORPUS = [
 
 
 @pytest.fixture(autouse=True)
-def _put_back():
-    """What a run writes into the process's environment (TensorBoard's folder, say), and the handler it gives the log,
-    do not meet the next test."""
+def _own_surroundings():
+    """What a run writes into the process's environment (TensorBoard's folder, say) does not meet the next test. The
+    log begins anew, as the command line sets it up, and `caplog` hears it too, whoever called what before."""
     before, root = dict(os.environ), logging.getLogger("luthier")
-    log = root.handlers[:], root.propagate, root.level
+    root.handlers.clear()
+    set_up()
+    root.propagate = True
+    root.setLevel(logging.NOTSET)
     yield
-    root.handlers[:], root.propagate = log[:2]
-    root.setLevel(log[2])
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
