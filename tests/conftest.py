@@ -31,7 +31,6 @@ def _own_surroundings():
     root.handlers.clear()
     set_up()
     root.propagate = True
-    root.setLevel(logging.NOTSET)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
